@@ -1,0 +1,134 @@
+"""Running a model on calibration data: the range of every linear's input, and which linears read the same tensor."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..errors import CalibrationError
+from .linear import absolute_maximum
+
+Calibration = Iterable[Any] | Callable[[nn.Module], Any]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a linear saw: the largest absolute value, and a key that is equal for linears that read the same tensors."""
+
+    amax: float
+    inputs: tuple[int, ...]
+
+
+class _Inputs:
+    """Numbers the distinct tensors that linears are called with."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[tuple[Any, ...], int] = {}
+        self.amax: list[torch.Tensor] = []
+        # A weak reference keeps the storage's address from being used again, not its memory.
+        self.alive: list[StorageWeakRef] = []
+        self.seen: dict[str, list[int]] = {}
+
+    def record(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: torch.Tensor = args[0] if args else kwargs["input"]
+        storage = StorageWeakRef(x.untyped_storage())
+        # Inference tensors count no versions: one written to in between is then taken for one tensor with both ranges.
+        version = 0 if x.is_inference() else x._version
+        key = (storage.cdata, x.storage_offset(), x.shape, x.stride(), x.dtype, version)
+        if key not in self.numbers:
+            self.numbers[key] = len(self.amax)
+            self.amax.append(absolute_maximum(x) if x.numel() else x.new_zeros((), dtype=torch.float32))
+            self.alive.append(storage)
+        self.seen.setdefault(path, []).append(self.numbers[key])
+
+
+def calibrate(
+    model: nn.Module, linears: Mapping[str, nn.Linear], calibration: Calibration | None, progress: bool
+) -> dict[str, Observed]:
+    """What each of `linears` saw while `model` ran on `calibration`, in evaluation mode and without gradients.
+
+    Raises:
+        CalibrationError: there is no data, it has an item of a kind that cannot be passed on, or a linear never ran.
+    """
+    inputs = _Inputs()
+    handles = [
+        linear.register_forward_pre_hook(partial(inputs.record, path), with_kwargs=True)
+        for path, linear in linears.items()
+    ]
+    try:
+        # A model that is compiled already would not call the hooks.
+        with _evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            _run(model, calibration, progress)
+    finally:
+        for handle in handles:
+            handle.remove()
+    idle = [path for path in linears if path not in inputs.seen]
+    if idle:
+        raise CalibrationError(
+            f"{len(idle)} of {len(linears)} linears never ran on the calibration data",
+            ", ".join(idle[:8]) + (", …" if len(idle) > 8 else ""),
+            "Add inputs that reach them, or name them in skip",
+        )
+    amax = [float(a) for a in inputs.amax]
+    # fmax would drop a NaN, and so may max(): the check of the scale has to see it.
+    return {
+        path: Observed(torch.tensor([amax[n] for n in seen]).amax().item(), tuple(seen))
+        for path, seen in inputs.seen.items()
+    }
+
+
+def _run(model: nn.Module, calibration: Calibration | None, progress: bool) -> None:
+    if calibration is None:
+        raise CalibrationError(
+            "static scales need calibration data",
+            "calibration",
+            "Pass a list of inputs, or a function running the model",
+        )
+    if callable(calibration):
+        calibration(model)
+        return
+    if isinstance(calibration, torch.Tensor | Mapping | str) or not isinstance(calibration, Iterable):
+        raise CalibrationError(
+            f"calibration is a single {type(calibration).__name__}", "calibration", "Pass a list: [inputs, …]"
+        )
+    index = -1
+    for index, item in enumerate(track(calibration, "calibrating", disable=not progress, transient=True)):
+        try:
+            _call(model, item, f"calibration[{index}]")
+        except CalibrationError:
+            raise
+        except Exception as error:
+            error.add_note(f"while running the model on calibration[{index}]")
+            raise
+    if index < 0:
+        raise CalibrationError("the calibration data is empty", "calibration", "Pass at least one input")
+
+
+def _call(model: nn.Module, item: Any, where: str) -> None:
+    if isinstance(item, torch.Tensor):
+        model(item)
+    elif isinstance(item, Mapping):
+        model(**item)
+    elif isinstance(item, tuple | list):
+        model(*item)
+    else:
+        raise CalibrationError(
+            f"the item is a {type(item).__name__}", where, "Pass a tensor, a dict of keywords or a tuple of arguments"
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
