@@ -1,0 +1,18 @@
+"""fusionpass: explainable kernel fusion for torch.compile, for any transformer."""
+
+from . import ops
+from .arch import Arch
+from .compile import compile, dynamo_backend, report
+from .config import Config
+from .errors import FusionpassError
+from .op import EXACT, Backend, Op, Refusal, Tolerance, op
+from .report.dump import dump
+from .report.trace import Record, Report
+from .rule import Fold, Spelling
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "EXACT", "Arch", "Backend", "Config", "Fold", "FusionpassError", "Op", "Record", "Refusal", "Report", "Spelling", "Tolerance",
+    "compile", "dump", "dynamo_backend", "op", "ops", "report",
+]  # fmt: skip

@@ -1,0 +1,123 @@
+"""fusionpass.compile, the Dynamo backend, and what it remembers of each call."""
+
+import logging
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from . import inductor, pipeline
+from .config import Config
+from .errors import ConfigError, MissError, NotCompiledError
+from .report.dump import active_dump, write_graph
+from .report.trace import Report
+
+log = logging.getLogger("fusionpass")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Session:
+    """The state of one `compile` call: its options and its report. Nothing is shared between two of them."""
+
+    def __init__(self, config: Config, title: str = "") -> None:
+        self.config = config
+        self.report = Report(title)
+
+    def __call__(self, gm: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        """The Dynamo backend."""
+        config, trace = self.config, self.report.new_graph()
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        if reason is not None and reason.graph_break:
+            trace.graph_break = str(reason.reason)
+        folders = [folder for folder in (config.dump_dir, active_dump()) if folder is not None]
+        recognised: list[Graph] = []
+
+        def early(graph: Graph) -> None:
+            if inductor.is_training(graph):
+                trace.skipped = "it has a backward; fused ops serve inference (use torch.no_grad or inference_mode)"
+                return
+            recognised.append(graph)
+            pipeline.run(pipeline.early(config, trace), graph, config, trace, keep=bool(folders))
+
+        def late(graph: Graph) -> None:
+            if recognised:
+                pipeline.run(pipeline.late(config, trace), graph, config, trace, keep=bool(folders))
+                self._judge(trace.index)
+
+        compiled = inductor.compile_graph(gm, inputs, config, trace, early, late)
+        for folder in folders:
+            write_graph(folder, trace)
+        log.info("%s", self.report)
+        return compiled
+
+    def _judge(self, index: int) -> None:
+        trace = self.report.graphs[index]
+        misses = [*trace.refused, *trace.missed]
+        if not misses or self.config.on_miss == "ignore":
+            return
+        text = "\n".join(str(record) for record in misses)
+        if self.config.on_miss == "error":
+            raise MissError(f"{len(misses)} sites did not fuse:\n{text}", next_step="See fusionpass.report")
+        warnings.warn(f"fusionpass: {len(misses)} sites did not fuse:\n{text}", stacklevel=2)
+
+
+_SESSIONS: "weakref.WeakKeyDictionary[Any, Session]" = weakref.WeakKeyDictionary()
+
+
+def compile(model: F, config: Config | None = None, **overrides: Any) -> F:
+    """Compile a model with fused kernels.
+
+    Args:
+        model: an `nn.Module`, compiled in place, so that `isinstance`, `state_dict` and `generate` hold; or a function.
+        config: options; default `Config()`, with FUSIONPASS_* from the environment.
+        overrides: single fields of `Config`.
+
+    Returns:
+        The same module, or a compiled function. Compilation happens at the first call, for each new kind of input;
+        see `report`. Compiling a module again replaces its options and starts a new report.
+
+    Raises:
+        ConfigError: an option or value that does not exist, or `model` cannot be called.
+    """
+    made = Config.make(config, overrides)
+    if isinstance(model, torch.nn.Module):
+        session = Session(made, type(model).__name__)
+        model.compile(backend=session)
+        _SESSIONS[model] = session
+        return model
+    if not callable(model):
+        raise ConfigError(f"{type(model).__name__} is neither a module nor a function", "compile")
+    session = Session(made, getattr(model, "__name__", type(model).__name__))
+    compiled = torch.compile(model, backend=session)
+    _SESSIONS[compiled] = session
+    return compiled  # type: ignore[no-any-return]
+
+
+def report(model: Any) -> Report:
+    """What fused in a compiled model or function, what did not and why, over everything that has run so far.
+
+    Raises:
+        NotCompiledError: `fusionpass.compile` was not called on it.
+    """
+    session = _SESSIONS.get(model)
+    if session is None:
+        raise NotCompiledError(f"{type(model).__name__} was not compiled", "report", "Call fusionpass.compile(model) first")
+    return session.report
+
+
+def dynamo_backend(gm: GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any) -> Callable[..., Any]:
+    """The entry point behind `torch.compile(model, backend="fusionpass", options={...})`.
+
+    Args:
+        gm: Dynamo's graph.
+        inputs: its example inputs.
+        options: fields of `Config`.
+
+    Raises:
+        ConfigError: an option or value that does not exist.
+    """
+    return Session(Config.make(None, options))(gm, inputs)

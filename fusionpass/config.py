@@ -1,0 +1,84 @@
+"""What a user can choose. The only reader of the environment (FUSIONPASS_*)."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .arch import Arch
+from .errors import ConfigError, nearest
+
+_CHOICES = {
+    "numerics": ("fast", "eager"),
+    "cuda_graphs": ("auto", "off"),
+    "on_miss": ("ignore", "warn", "error"),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of one `compile` call. Immutable; state never lives here.
+
+    Args:
+        disable: names of rules ("norm.llama"), ops ("add_rms_norm"), passes ("fuse") or backends ("triton") to leave out.
+        numerics: "eager" keeps every intermediate rounding of eager mode; "fast" lets Inductor drop those that it
+            drops by default (it keeps float32 between operators).
+        cuda_graphs: "off", or "auto", which is "off" in this release: piecewise and full capture are not there yet.
+        on_miss: what happens when something that looks like a fusion site did not fuse: "ignore" records it in the
+            report, "warn" also warns, "error" raises `MissError`.
+        dump_dir: a folder for the graphs before and after each pass and the generated code.
+        target: the target to plan kernels for; None: that of the traced inputs.
+
+    Every field can be set by the environment as FUSIONPASS_<FIELD> (lists separated by commas); an argument wins.
+
+    Raises:
+        ConfigError: a value that does not exist.
+    """
+
+    disable: frozenset[str] = frozenset()
+    numerics: str = "fast"
+    cuda_graphs: str = "auto"
+    on_miss: str = "ignore"
+    dump_dir: Path | None = None
+    target: Arch | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"{name}={value!r} does not exist", "Config", nearest(str(value), choices))
+        if isinstance(self.disable, str) or not all(isinstance(name, str) for name in self.disable):
+            raise ConfigError(f"disable={self.disable!r} is not a collection of names", "Config", 'Pass {"norm.llama"}')
+        object.__setattr__(self, "disable", frozenset(self.disable))
+        if self.dump_dir is not None:
+            object.__setattr__(self, "dump_dir", Path(self.dump_dir))
+
+    @staticmethod
+    def make(config: "Config | None" = None, overrides: Mapping[str, Any] | None = None) -> "Config":
+        """`config` (default: what the environment says) with `overrides`.
+
+        Raises:
+            ConfigError: an option or a value that does not exist.
+        """
+        fields = {f.name for f in dataclasses.fields(Config)}
+        for name in overrides or {}:
+            if name not in fields:
+                raise ConfigError(f"there is no option {name!r}", "Config", nearest(name, fields))
+        return dataclasses.replace(config or _from_environment(fields), **(overrides or {}))
+
+
+def _from_environment(fields: Iterable[str]) -> Config:
+    values: dict[str, Any] = {}
+    for name in fields:
+        text = os.environ.get(f"FUSIONPASS_{name.upper()}")
+        if not text:
+            continue
+        if name == "disable":
+            values[name] = frozenset(part.strip() for part in text.split(",") if part.strip())
+        elif name == "target":
+            values[name] = Arch(text)
+        else:
+            values[name] = text
+    return Config(**values)

@@ -1,0 +1,71 @@
+"""One class per user mistake. Every message says what, where and the next step."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FusionpassError(Exception):
+    """Base of all errors raised by fusionpass.
+
+    Args:
+        what: what is wrong, a full clause.
+        where: the module path, argument or file concerned; may be empty.
+        next_step: what the user can do about it; may be empty.
+    """
+
+    def __init__(self, what: str, where: str = "", next_step: str = "") -> None:
+        self.what, self.where, self.next_step = what, where, next_step
+        head = f"{where}: {what}" if where else what
+        super().__init__(f"{head}. {next_step}" if next_step else head)
+
+
+class ConfigError(FusionpassError):
+    """A field of `Config` has a value that it cannot take."""
+
+
+class ArchError(FusionpassError):
+    """A target architecture that does not exist or does not fit the request."""
+
+
+class SchemeError(FusionpassError):
+    """A quantisation scheme that does not exist or does not fit the tensor."""
+
+
+class ScaleError(FusionpassError):
+    """A scale that is not positive, not finite, or of the wrong shape."""
+
+
+class CalibrationError(FusionpassError):
+    """Calibration data is missing, or a linear never ran on it."""
+
+
+class SkipError(FusionpassError):
+    """A skip rule that matches no module."""
+
+
+class NothingToQuantizeError(FusionpassError):
+    """The module holds no linear that could be quantised."""
+
+
+class ArgumentError(FusionpassError):
+    """An op was called with tensors whose shapes, dtypes or devices do not fit."""
+
+
+class RuleError(FusionpassError):
+    """A spelling or a fold does not describe the op that it claims to be."""
+
+
+class MissError(FusionpassError):
+    """Something did not fuse and `on_miss="error"` asks for an exception."""
+
+
+class NotCompiledError(FusionpassError):
+    """A report was asked for a model that fusionpass has not compiled."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A next step that names the closest of `known` to `name`, and all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    guess = f"Did you mean {close[0]!r}? " if close else ""
+    return f"{guess}Known: {', '.join(known)}"

@@ -1,0 +1,101 @@
+"""Small questions about FX graphs that several passes ask."""
+
+import re
+from collections.abc import Mapping, Sequence
+from operator import getitem
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+aten = torch.ops.aten
+
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+CAST = torch.ops.prims.convert_element_type.default
+COMMUTATIVE = frozenset({aten.add.Tensor, aten.mul.Tensor, aten.maximum.default, aten.minimum.default})
+
+
+def value(node: Node) -> torch.Tensor | None:
+    """The fake tensor that a node stands for, if it is one."""
+    val = node.meta.get("val")
+    return val if isinstance(val, torch.Tensor) else None
+
+
+def values(args: Any) -> Any:
+    """Arguments with each node replaced by what it stands for."""
+    return torch.fx.map_arg(args, lambda node: node.meta["val"])
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are known to be equal, without adding a guard."""
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
+
+
+def same_number(a: Any, b: Any) -> bool:
+    """Equality of constants once rounded to float32, since tracing on some devices has already rounded them."""
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    return isinstance(a, int | float) and isinstance(b, int | float) and _fp32(a) == _fp32(b)
+
+
+def _fp32(number: float) -> float:
+    return float(torch.tensor(number, dtype=torch.float32))
+
+
+def is_view_of_rows(node: Node) -> bool:
+    """Whether a node only regroups rows: its last dimension is its input's."""
+    if node.target not in VIEWS:
+        return False
+    before, after = value(node.args[0]), value(node)  # type: ignore[arg-type]
+    if before is None or after is None or before.dim() == 0 or after.dim() == 0:
+        return False
+    return same_shape(before.shape[-1:], after.shape[-1:])
+
+
+def where(node: Node) -> str:
+    """The module path that a node came from, as `named_modules` spells it; empty if unknown."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    path = re.sub(r"^L\['\w+'\]|\._modules|\.__self__|\._call_impl", "", path)
+    return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).strip(".")
+
+
+def source_line(node: Node) -> str:
+    """`file:line, code` of the innermost user frame of a node; empty if unknown."""
+    found = re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s*(.*)', node.meta.get("stack_trace") or "")
+    return f"{found[-1][0]}:{found[-1][1]}, {found[-1][2].strip()}" if found else ""
+
+
+def outputs_of(node: Node) -> dict[int, Node]:
+    """The getitem readers of a node that returns a list, by index."""
+    return {u.args[1]: u for u in node.users if u.target is getitem}  # type: ignore[misc]
+
+
+def insert_outputs(graph: Graph, node: Node, results: Sequence[Any]) -> list[Node]:
+    """Getitem nodes for every result of `node`, right behind it."""
+    items = []
+    with graph.inserting_after(node):
+        for index in reversed(range(len(results))):
+            item = graph.call_function(getitem, (node, index))
+            item.meta = inherit(node, results[index])
+            items.append(item)
+    return items[::-1]
+
+
+def erase_unused(graph: Graph, node: Node) -> None:
+    """Erase a node that nobody reads, and what only it read."""
+    if node._erased or node.users or node.op != "call_function":
+        return
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for source in inputs:
+        erase_unused(graph, source)
+
+
+def inherit(node: Node, val: Any, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Metadata for a node that replaces `node`: where it came from stays, what it stands for is `val`."""
+    kept = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace", "original_aten", "source_fn_stack") if k in node.meta}
+    return {**kept, "val": val, **(extra or {})}

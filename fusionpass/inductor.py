@@ -1,0 +1,209 @@
+"""Every touch of Inductor's internals. tests/test_inductor.py fails when a torch release moves one of them."""
+
+import contextlib
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule
+
+from .config import Config
+from .launch import Empty, Launch
+from .op import OPS
+from .passes.lower import LAUNCH
+from .report.trace import GraphTrace
+
+GraphPass = Callable[[Graph], None]
+
+
+class _JointPass(CustomGraphPass):  # type: ignore[misc]
+    """Our early passes at `joint_custom_pre_pass`, behind whatever the user had set there."""
+
+    def __init__(self, early: GraphPass, before: Any, key: Any) -> None:
+        self.early, self.key = early, key
+        self.before: list[Any] = [] if before is None else list(before) if isinstance(before, list | tuple) else [before]
+
+    def __call__(self, graph: Graph) -> None:
+        for function in self.before:
+            function(graph)
+        self.early(graph)
+
+    def uuid(self) -> Any:
+        ids = [function.uuid() if isinstance(function, CustomGraphPass) else None for function in self.before]
+        return None if None in ids else (package_digest(), self.key, *map(str, ids))
+
+
+@functools.cache
+def package_digest() -> str:
+    """A hash of the package's own sources: any change to a pass, an op or a kernel invalidates Inductor's caches."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*")):
+        if path.suffix in (".py", ".json"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def compile_graph(
+    gm: GraphModule, inputs: Sequence[Any], config: Config, trace: GraphTrace, early: GraphPass, late: GraphPass
+) -> Callable[..., Any]:
+    """Compile one of Dynamo's graphs through Inductor, with `early` and `late` run on its aten graph.
+
+    Nothing global stays changed: options are patched for the length of the call. `late` runs in front of Inductor's
+    cache look-up, not inside it, so that a warm cache still yields a report.
+    """
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config as inductor_config
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def inner(graph_module: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
+        if options.get("is_inference", False):
+            late(graph_module.graph)
+            graph_module.recompile()
+        compiled = compile_fx_inner(graph_module, example_inputs, **options)
+        source = getattr(compiled, "source_code", "") or ""
+        if source:
+            trace.sources.append(source)
+            trace.kernels += kernels_in(source)
+        return compiled
+
+    key = (sorted(config.disable), config.numerics, str(config.target))
+    patches = {
+        "joint_custom_pre_pass": _JointPass(early, inductor_config.joint_custom_pre_pass, key),
+        "emulate_precision_casts": config.numerics == "eager" or inductor_config.emulate_precision_casts,
+    }
+    register_lowerings()
+    # AOTAutograd's own cache would skip our passes, and with them the report.
+    with inductor_config.patch(patches), functorch_config.patch(enable_autograd_cache=False):
+        compiled: Callable[..., Any] = compile_fx(gm, list(inputs), inner_compile=inner)
+    return compiled
+
+
+_KERNEL = re.compile(r"^(\w+) = async_compile\.\w+\(", re.MULTILINE)
+
+
+def kernels_in(source: str) -> int:
+    """How many calls of generated or hand-written kernels (Triton or C++) Inductor's wrapper `source` makes."""
+    call = source[source.find("def call(") :]
+    return sum(len(re.findall(rf"\b{name}(?:\.run)?\(", call)) for name in set(_KERNEL.findall(source)))
+
+
+def is_training(graph: Graph) -> bool:
+    """Whether this is a joint graph with a backward in it."""
+    return any(node.name.startswith("tangents") for node in graph.find_nodes(op="placeholder"))
+
+
+def register_lowerings() -> None:
+    """Teach Inductor to lower our ops: to the launch that `lower` planned, else to a call of the op."""
+    from torch._inductor import lowering
+
+    for overload in OPS:
+        if overload not in lowering.lowerings:
+            lowering.register_lowering(overload, type_promotion_kind=None)(functools.partial(_lower_op, overload))
+
+
+def _lower_op(overload: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
+    from torch._inductor import ir, lowering
+    from torch._inductor.virtualized import V
+
+    node = V.graph.current_node
+    launch: Launch | None = node.meta.get(LAUNCH)
+    if launch is None:
+        # Called by the model and compiled without our passes.
+        return lowering.fallback_handler(overload, add_to_fallback_set=False)(*args, **kwargs)
+    boxes = {id(n.meta["val"]): box for n, box in zip(node.args, args, strict=True) if isinstance(n, torch.fx.Node)}
+    device = launch.device
+    arguments: dict[str, Any] = {}
+    for name, value in launch.args.items():
+        if isinstance(value, Empty):
+            arguments[name] = _allocate(value, device)
+        elif isinstance(value, torch.Tensor):
+            arguments[name] = boxes[id(value)]
+        else:
+            arguments[name] = _expression(value)
+    written = [name for name, value in launch.args.items() if isinstance(value, Empty)]
+    with _known_writes(written):
+        _launch_kernel_class()(launch, arguments)
+    assert all(isinstance(arguments[name], ir.TensorBox) for name in launch.returns)
+    results = [arguments[name] for name in launch.returns]
+    return results[0] if OPS[overload].single else results
+
+
+def _expression(value: Any) -> Any:
+    return value.node.expr if isinstance(value, torch.SymInt) else value
+
+
+def _allocate(empty: Empty, device: torch.device) -> Any:
+    """An uninitialised buffer of Inductor's, with its layout fixed."""
+    from torch._inductor import ir, lowering
+
+    shape = [_expression(s) for s in empty.shape]
+    stride = ir.FlexibleLayout.contiguous_strides(shape) if empty.stride is None else [_expression(s) for s in empty.stride]
+    box = lowering.empty_strided(shape, stride, dtype=empty.dtype, device=device)
+    box.realize()
+    return box
+
+
+@contextlib.contextmanager
+def _known_writes(names: Sequence[str]) -> Iterator[None]:
+    """Tell Inductor which kernel arguments are written; its own analysis gives up on PDL's inline assembly."""
+    from torch._higher_order_ops import triton_kernel_wrap
+
+    if hasattr(triton_kernel_wrap, "identify_accessed_tensors"):  # 2.14
+        from torch._inductor.dependencies import ReadWrites, StarDep
+        from torch.utils._ordered_set import OrderedSet
+
+        writes = OrderedSet([StarDep(name) for name in names])
+        empty: Any = OrderedSet()
+        accesses = triton_kernel_wrap.TensorAccesses(
+            read_writes=ReadWrites(empty, writes, empty, None, None), can_fuse_epilogue=False
+        )
+        with mock.patch.object(triton_kernel_wrap, "identify_accessed_tensors", lambda *a, **k: accesses):
+            yield
+    else:
+        with mock.patch.object(triton_kernel_wrap, "identify_mutated_tensors", lambda *a, **k: list(names)):
+            yield
+
+
+@functools.cache
+def _launch_kernel_class() -> type:
+    from torch._inductor import ir
+
+    class LaunchKernel(ir.UserDefinedTritonKernel):  # type: ignore[misc]
+        """A planned launch in Inductor's schedule: the wrapper calls the kernel itself, no operator dispatch."""
+
+        def __init__(self, launch: Launch, arguments: dict[str, Any]) -> None:
+            self.launch = launch
+            grid = [tuple(_expression(size) for size in (*launch.grid, 1, 1)[:3])]
+            options = {"kernel_idx": -1, "grid": grid, "tma_descriptor_metadata": {}, "kernel_args": arguments}
+            if "launch_kwargs" in ir.UserDefinedTritonKernel.__init__.__annotations__:
+                options["launch_kwargs"] = ()
+            super().__init__(**options)
+
+        def get_kernel_and_metadata(self) -> tuple[Any, list[Any], list[str], list[str]]:
+            import triton
+
+            config = triton.Config({}, num_warps=self.launch.num_warps, num_stages=self.launch.num_stages)
+            return self.launch.kernel, [config], [], []
+
+        def codegen(self, wrapper: Any) -> None:
+            if not self.launch.pdl:
+                super().codegen(wrapper)
+                return
+            define = wrapper.define_kernel
+
+            def define_with_pdl(name: str, body: str, *args: Any, **kwargs: Any) -> Any:
+                # A user's kernel has no way to ask for PDL before 2.14; the flag sits where Inductor puts its own.
+                marked = body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1)
+                assert marked != body, "Inductor no longer writes triton_meta={...}"
+                return define(name, marked, *args, **kwargs)
+
+            with mock.patch.object(wrapper, "define_kernel", define_with_pdl):
+                super().codegen(wrapper)
+
+    return LaunchKernel

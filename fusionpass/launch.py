@@ -1,0 +1,59 @@
+"""A kernel launch as data: run eagerly, written into Inductor's wrapper, or compiled ahead of time, from one description."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Empty:
+    """An output buffer to allocate: contiguous unless strides are given."""
+
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+    stride: tuple[Any, ...] | None = None
+
+    def new(self, device: torch.device) -> torch.Tensor:
+        if self.stride is None:
+            return torch.empty(self.shape, dtype=self.dtype, device=device)
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One Triton launch.
+
+    Args:
+        kernel: a `triton.jit` function.
+        grid: one to three ints (or SymInts).
+        args: every kernel parameter by name: tensors, numbers, constexprs, None, and `Empty` for what it writes.
+        returns: the parameters whose buffers are returned, in the order of the op's outputs.
+        pdl: launch with programmatic dependent launch (the kernel must then wait before its first dependent load).
+    """
+
+    kernel: Any
+    grid: tuple[Any, ...]
+    args: Mapping[str, Any]
+    returns: tuple[str, ...]
+    num_warps: int = 4
+    num_stages: int = 1
+    pdl: bool = False
+    note: str = field(default="", compare=False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(v.device for v in self.args.values() if isinstance(v, torch.Tensor))
+
+    def options(self) -> dict[str, Any]:
+        """Triton's own launch options."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages} | ({"launch_pdl": True} if self.pdl else {})
+
+    def run(self) -> list[torch.Tensor]:
+        """Allocate the outputs and launch on the current stream of the inputs' device."""
+        args = {k: v.new(self.device) if isinstance(v, Empty) else v for k, v in self.args.items()}
+        if 0 not in self.grid:
+            with torch.cuda.device_of(next(v for v in args.values() if isinstance(v, torch.Tensor))):
+                self.kernel[self.grid](**args, **self.options())
+        return [args[name] for name in self.returns]

@@ -1,0 +1,219 @@
+"""The matcher: structural, commutative, starts at a rare node, and remembers how far it got."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from .graphs import CAST, COMMUTATIVE, same_number, value
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A spelling found in a graph.
+
+    Attributes:
+        nodes: pattern node → graph node, inputs included.
+        root: the graph node whose value the op replaces.
+        arguments: the op's arguments by name: nodes and numbers.
+    """
+
+    nodes: Mapping[Node, Node]
+    root: Node
+    arguments: Mapping[str, Any]
+
+    def interior(self) -> set[Node]:
+        """The graph nodes that the op replaces."""
+        return {g for p, g in self.nodes.items() if p.op == "call_function"}
+
+    def leak(self) -> tuple[Node, Node] | None:
+        """A replaced node, other than the root and casts of inputs, and somebody else who reads it."""
+        inside = self.interior()
+        inputs = {g for p, g in self.nodes.items() if p.op == "placeholder"}
+        for node in sorted(inside - {self.root}):
+            if node.target is CAST and node.args[0] in inputs:
+                continue
+            for user in node.users:
+                if user not in inside:
+                    return node, user
+        return None
+
+
+@dataclass
+class Attempt:
+    """The furthest that a search got from one anchor."""
+
+    matched: int = 0
+    total: int = 0
+    node: Node | None = None
+    reason: str = ""
+
+    def fail(self, matched: int, node: Node, reason: str) -> None:
+        if matched >= self.matched:
+            self.matched, self.node, self.reason = matched, node, reason
+
+
+@dataclass(frozen=True)
+class _State:
+    nodes: Mapping[Node, Node]
+    scalars: Mapping[str, Any]
+    half: torch.dtype | None
+
+    def with_node(self, p: Node, g: Node) -> "_State":
+        return _State({**self.nodes, p: g}, self.scalars, self.half)
+
+
+@dataclass(eq=False)
+class Pattern:
+    """A traced spelling to look for.
+
+    Args:
+        graph: normalised; one output.
+        names: the parameter name of each placeholder, in order.
+        scalars: parameter name → the number that stands for it in the graph.
+        half: the dtype that stands for bfloat16 or float16.
+        anchor: where a search starts.
+    """
+
+    graph: Graph
+    names: list[str]
+    scalars: Mapping[str, float]
+    half: torch.dtype
+    anchor: Node
+    order: list[Node] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.root: Node = _single(self.graph.find_nodes(op="output")[0].args[0])
+        self.size = sum(n.op == "call_function" for n in self.graph.nodes)
+        # Forward steps only: a node's operands are matched with it.
+        self.order = [n for n in self.graph.nodes if n.op == "call_function"]
+
+    def fits(self, node: Node) -> bool:
+        """Whether `node` could be the anchor."""
+        if node.target is not self.anchor.target:
+            return False
+        return self.anchor.target is not CAST or node.args[1] == self.anchor.args[1]
+
+    def search(self, anchor: Node) -> Match | Attempt:
+        """The match around `anchor`, or how far the search got."""
+        attempt = Attempt(total=self.size)
+        start = _State({}, {}, None)
+        for state in self._node(start, self.anchor, anchor, attempt):
+            for done in self._forward(state, attempt):
+                arguments = {name: done.nodes[p] for name, p in zip(self.names, self._placeholders(), strict=True) if p in done.nodes}
+                return Match(done.nodes, done.nodes[self.root], {**arguments, **done.scalars})
+        return attempt
+
+    def _placeholders(self) -> list[Node]:
+        return self.graph.find_nodes(op="placeholder")
+
+    def _forward(self, state: _State, attempt: Attempt) -> Iterator[_State]:
+        for p in self.order:
+            known = next((q for q in p.all_input_nodes if q in state.nodes and q.op == "call_function"), None)
+            if p in state.nodes or known is None:
+                continue
+            g = state.nodes[known]
+            readers = [u for u in g.users if u.target is p.target]
+            for reader in readers:
+                for deeper in self._node(state, p, reader, attempt):
+                    yield from self._forward(deeper, attempt)
+            if not readers:
+                found = ", ".join(sorted({_name(u) for u in g.users})) or "nothing"
+                attempt.fail(_count(state), g, f"expected {_name(p)} to read it, found {found}")
+            return
+        if self.root in state.nodes:
+            yield state
+
+    def _node(self, state: _State, p: Node, g: Any, attempt: Attempt) -> Iterator[_State]:
+        if p in state.nodes:
+            if state.nodes[p] is g:
+                yield state
+            elif isinstance(g, Node):
+                attempt.fail(_count(state), g, f"expected {state.nodes[p].name} here, since the spelling reads one value twice")
+            return
+        if not isinstance(g, Node):
+            return
+        if p.op == "placeholder":
+            bound = self._dtype(state, value(p), value(g))
+            if bound is None:
+                attempt.fail(_count(state), g, f"expected a tensor like {_type(p)}, found {_type(g)}")
+            else:
+                yield bound.with_node(p, g)
+            return
+        if g.op != "call_function" or g.target is not p.target:
+            attempt.fail(_count(state), g, f"expected {_name(p)}, found {_name(g)}")
+            return
+        if len(p.args) != len(g.args) or set(p.kwargs) != set(g.kwargs):
+            attempt.fail(_count(state), g, f"{_name(g)} is called with other arguments")
+            return
+        entered = state.with_node(p, g)
+        orders = [g.args, g.args[::-1]] if p.target in COMMUTATIVE and len(g.args) == 2 else [g.args]
+        for args in orders:
+            pairs = [*zip(p.args, args, strict=True), *((p.kwargs[k], g.kwargs[k]) for k in p.kwargs)]
+            yield from self._arguments(entered, pairs, g, attempt)
+
+    def _arguments(self, state: _State, pairs: list[tuple[Any, Any]], g: Node, attempt: Attempt) -> Iterator[_State]:
+        if not pairs:
+            yield state
+            return
+        (p, actual), rest = pairs[0], pairs[1:]
+        if isinstance(p, Node):
+            for deeper in self._node(state, p, actual, attempt):
+                yield from self._arguments(deeper, rest, g, attempt)
+            return
+        bound = self._literal(state, p, actual)
+        if bound is None:
+            attempt.fail(_count(state), g, f"expected the constant {p}, found {actual}")
+            return
+        yield from self._arguments(bound, rest, g, attempt)
+
+    def _literal(self, state: _State, p: Any, actual: Any) -> _State | None:
+        for name, sentinel in self.scalars.items():
+            if isinstance(p, float) and p == sentinel:
+                if not isinstance(actual, int | float) or not same_number(state.scalars.get(name, actual), actual):
+                    return None
+                return _State(state.nodes, {**state.scalars, name: float(actual)}, state.half)
+        if p is self.half:
+            if actual not in HALVES or state.half not in (None, actual):
+                return None
+            return _State(state.nodes, state.scalars, actual)
+        if isinstance(p, int | float) and not isinstance(p, bool):
+            return state if same_number(p, actual) else None
+        if isinstance(p, list | tuple):
+            if not isinstance(actual, list | tuple) or len(p) != len(actual):
+                return None
+            for a, b in zip(p, actual, strict=True):
+                found = self._literal(state, a, b)
+                if found is None:
+                    return None
+                state = found
+            return state
+        return state if p == actual and not isinstance(actual, Node) else None
+
+    def _dtype(self, state: _State, p: torch.Tensor | None, g: torch.Tensor | None) -> _State | None:
+        if p is None or g is None:
+            return None
+        return self._literal(state, p.dtype, g.dtype)
+
+
+def _single(result: Any) -> Node:
+    return _single(result[0]) if isinstance(result, list | tuple) else result
+
+
+def _count(state: _State) -> int:
+    return sum(p.op == "call_function" for p in state.nodes)
+
+
+def _name(node: Node) -> str:
+    if node.target is CAST:
+        return f"a cast to {str(node.args[1]).removeprefix('torch.')}"
+    return str(node.target).removesuffix(".default") if node.op == "call_function" else f"the {node.op} {node.name}"
+
+
+def _type(node: Node) -> str:
+    val = value(node)
+    return f"{str(val.dtype).removeprefix('torch.')}{list(val.shape)}" if val is not None else "no tensor"

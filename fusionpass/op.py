@@ -1,0 +1,169 @@
+"""An op: plain PyTorch is its meaning; backends are ways to run it faster."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+import torch
+
+from .arch import Arch
+from .errors import RuleError
+from .launch import Launch
+
+Refusal = str | None
+"""Nothing, or the reason why not."""
+
+_LIBRARIES: dict[str, torch.library.Library] = {}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a kernel may be from its reference, per element.
+
+    Args:
+        ulp: largest distance in units in the last place of the output's dtype (8-bit codes: one step is one ulp).
+        fraction: largest share of elements that may differ at all.
+        fp32_ulp: largest distance where the output is float32, which no later rounding hides.
+    """
+
+    ulp: int = 0
+    fraction: float = 0.0
+    fp32_ulp: int = 0
+
+
+EXACT = Tolerance()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op.
+
+    Args:
+        name: as it appears in reports and in `Config.disable`.
+        plan: `plan(arch, **arguments)`, a pure function: the launch, or the reason why this kernel cannot run it there.
+            Tensors may be fake and sizes symbolic.
+    """
+
+    name: str
+    plan: Callable[..., Launch | str]
+
+
+@dataclass(eq=False)
+class Op:
+    """A functional operator. Made by `@op`; called like its reference.
+
+    Attributes:
+        name: the operator's name; `torch.ops.<namespace>.<name>` once registered.
+        reference: the plain PyTorch body: the meaning, the CPU path and the test oracle.
+        outputs: the names of what it returns, in order; a callable of the bound arguments where options add outputs.
+        sample: `sample(tokens, width, dtype, device, generator) -> dict`, arguments for tests and benchmarks.
+        tolerance: per output name.
+        options: output name → the boolean argument that asks for it.
+        backends: tried in order; the first that plans a launch runs.
+    """
+
+    name: str
+    namespace: str
+    reference: Callable[..., Any]
+    outputs: Callable[[Mapping[str, Any]], tuple[str, ...]]
+    sample: Callable[..., dict[str, Any]]
+    tolerance: Mapping[str, Tolerance]
+    options: Mapping[str, str]
+    backends: list[Backend] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.signature = inspect.signature(self.reference)
+        self.single = get_type_hints(self.reference)["return"] is torch.Tensor
+        self.__doc__ = self.reference.__doc__
+        library = _LIBRARIES.get(self.namespace)
+        if library is None:
+            library = _LIBRARIES[self.namespace] = torch.library.Library(self.namespace, "FRAGMENT")
+        # Kernels are planned for the strides of the traced inputs.
+        library.define(
+            self.name + torch.library.infer_schema(self.reference, mutates_args=()),
+            tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
+        )
+        library.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{self.namespace}::{self.name}", self.reference, lib=library)
+        self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, self.namespace), self.name).default
+        torch.library.register_autograd(f"{self.namespace}::{self.name}", self._backward, setup_context=_save, lib=library)
+
+    def __repr__(self) -> str:
+        return f"{self.namespace}.{self.name}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        results = self.overload(*args, **kwargs)
+        return results if self.single or len(results) > 1 else results[0]
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by name, defaults filled in."""
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+    def plan(self, arch: Arch, arguments: Mapping[str, Any], disable: frozenset[str] = frozenset()) -> tuple[Launch | None, str]:
+        """The launch that runs this call on `arch` and the backend's name, or None and every backend's reason."""
+        reasons = []
+        for backend in self.backends:
+            planned = "disabled" if backend.name in disable else backend.plan(arch, **arguments)
+            if isinstance(planned, Launch):
+                return planned, backend.name
+            reasons.append(f"{backend.name}: {planned}")
+        return None, "; ".join(reasons) or "no kernel is registered for it"
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = self.bind(args, kwargs)
+        device = next(v.device for v in arguments.values() if isinstance(v, torch.Tensor))
+        launch, _ = self.plan(Arch.of(device), arguments) if device.type == "cuda" else (None, "")
+        if launch is None:
+            return self.reference(**arguments)
+        results = launch.run()
+        return results[0] if self.single else results
+
+    def _backward(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        # Recomputed through the reference: fused ops serve inference, but a gradient must never be silently lost.
+        inputs = [v.detach().requires_grad_(v.is_floating_point()) if isinstance(v, torch.Tensor) else v for v in ctx.inputs]
+        with torch.enable_grad():
+            results = self.reference(*inputs)
+        outs, cotangents = ([results], grads) if self.single else (results, grads[0])
+        pairs = [(r, g) for r, g in zip(outs, cotangents, strict=True) if r.requires_grad and g is not None]
+        wanted = [v for v in inputs if isinstance(v, torch.Tensor) and v.requires_grad]
+        found = iter(torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+        return tuple(next(found) if isinstance(v, torch.Tensor) and v.requires_grad else None for v in inputs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.inputs = inputs
+
+
+OPS: dict[torch._ops.OpOverload, Op] = {}
+"""What exists: every registered op by its overload. A catalogue, not state: nothing is ever matched in here."""
+
+
+def op(
+    *,
+    outputs: tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]],
+    sample: Callable[..., dict[str, Any]],
+    tolerance: Mapping[str, Tolerance] | None = None,
+    options: Mapping[str, str] | None = None,
+    namespace: str = "fusionpass",
+) -> Callable[[Callable[..., Any]], Op]:
+    """Make the decorated reference an op.
+
+    The reference takes tensors, floats, ints, bools and strings, is functional, and returns a Tensor or a list of them.
+
+    Raises:
+        RuleError: the op exists already, or an output has no tolerance where a backend may differ.
+    """
+
+    def register(reference: Callable[..., Any]) -> Op:
+        name = reference.__name__
+        if any(o.name == name and o.namespace == namespace for o in OPS.values()):
+            raise RuleError(f"the op {namespace}::{name} exists already", "op", "Choose another name or namespace")
+        names = outputs if callable(outputs) else lambda arguments: outputs
+        made = Op(name, namespace, reference, names, sample, dict(tolerance or {}), dict(options or {}))
+        OPS[made.overload] = made
+        return made
+
+    return register

@@ -1,0 +1,8 @@
+"""What exists: every op, with its plain PyTorch reference and its kernels."""
+
+from .attention import view_heads
+from .norm import add_rms_norm, add_rms_norm_quantize, rms_norm, rms_norm_quantize
+from .quant import quantize
+from .quant.scheme import Scheme
+
+__all__ = ["Scheme", "add_rms_norm", "add_rms_norm_quantize", "quantize", "rms_norm", "rms_norm_quantize", "view_heads"]

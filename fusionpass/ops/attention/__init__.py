@@ -1,0 +1,34 @@
+"""Around attention."""
+
+import torch
+
+from ...arch import Arch
+from ...errors import ArgumentError
+
+
+def view_heads(x: torch.Tensor, head_dim: int, arch: Arch | None = None) -> torch.Tensor:
+    """Split the last dimension into heads, as a QK-norm wants its input.
+
+    On CUDA and the CPU the result is a view that keeps the strides of `x`, so a slice of a packed QKV row is not
+    copied: [..., heads * head_dim] → [..., heads, head_dim]. On ROCm it is `reshape(-1, head_dim)`, which copies a
+    strided slice, since kernels there assume contiguous rows: → [rows * heads, head_dim].
+
+    Args:
+        x: [..., heads * head_dim], any dtype; its last stride must be 1 for a view.
+        head_dim: elements per head.
+        arch: the target; None: that of `x`'s device.
+
+    Returns:
+        A view of `x`, or on ROCm a contiguous tensor.
+
+    Raises:
+        ArgumentError: the last dimension is not a multiple of `head_dim`.
+
+    Source: SGLang's pull request 23227, where the view without its gate faulted on AMD GPUs.
+    """
+    if head_dim < 1 or x.shape[-1] % head_dim:
+        raise ArgumentError(f"the last dimension {x.shape[-1]} is not a multiple of head_dim {head_dim}", "view_heads")
+    target = arch or Arch.of(x.device)
+    if target.copies_strided_heads:
+        return x.reshape(-1, head_dim)
+    return x.unflatten(-1, (-1, head_dim))

@@ -1,0 +1,1 @@
+"""How: the passes, each a function of a graph."""

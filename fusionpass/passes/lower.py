@@ -1,0 +1,112 @@
+"""lower: each op → a Triton launch, or back to plain aten where no kernel takes it. Every choice leaves its reason."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..arch import Arch
+from ..errors import FusionpassError
+from ..graphs import erase_unused, getitem, inherit, same_shape, value, values
+from ..launch import Empty, Launch
+from ..op import OPS, Op
+from ..report.trace import GraphTrace, Record, Site
+
+LAUNCH = "fusionpass_launch"
+"""The metadata key under which a node that stays an op carries its launch."""
+
+
+_ROUNDING = ("low_precision_pointwise_barrier",)
+"""What tracing notes on a node so that Inductor rounds there as eager mode does (`numerics="eager"`)."""
+
+
+def lower(graph: Graph, trace: GraphTrace, target: Arch | None = None, disable: frozenset[str] = frozenset()) -> None:
+    """Decide for every op in `graph` who runs it; those that no kernel takes become aten nodes again, in place."""
+    for node in list(graph.nodes):
+        op = OPS.get(node.target)
+        if op is None:
+            continue
+        arguments = op.bind(node.args, node.kwargs)
+        launch, reason = _choose(op, node, values(arguments), target, disable)
+        site = node.meta.get("fusionpass", Site())
+        trace.fused.append(
+            Record(
+                op=op.name,
+                rule=site.rules[-1] if site.rules else "",
+                reason="; ".join(part for part in (reason, _alone(op, node)) if part),
+                where=site.where,
+                source=site.source,
+                scheme=str(arguments.get("scheme", "")),
+                backend="triton" if launch is not None else "inductor",
+                rules=site.rules,
+            )
+        )
+        if launch is None:
+            inline(graph, node, op, arguments)
+        else:
+            node.meta[LAUNCH] = launch
+
+
+def _choose(op: Op, node: Node, vals: Mapping[str, Any], target: Arch | None, disable: frozenset[str]) -> tuple[Launch | None, str]:
+    device = next(v.device for v in vals.values() if isinstance(v, torch.Tensor))
+    try:
+        arch = target or Arch.of(device)
+    except FusionpassError as error:
+        return None, str(error)
+    if arch.is_cpu:
+        return None, "a CPU target: Inductor writes C++"
+    launch, reason = op.plan(arch, vals, disable)
+    if launch is None:
+        return None, reason
+    results = [node.meta["val"]] if op.single else node.meta["val"]
+    for name, expected in zip(launch.returns, results, strict=True):
+        if not _laid_out_alike(launch.args[name], expected):
+            return None, f"{reason} would lay out {name} unlike eager mode, with strides {tuple(expected.stride())}"
+    return launch, launch.note
+
+
+def _laid_out_alike(made: Empty, expected: torch.Tensor) -> bool:
+    stride = made.stride if made.stride is not None else torch._prims_common.make_contiguous_strides_for(made.shape)
+    return made.dtype == expected.dtype and same_shape(made.shape, expected.shape) and same_shape(stride, expected.stride())
+
+
+def _alone(op: Op, node: Node) -> str:
+    """Why an op that reads another kernel's output was not taken into it."""
+    if op.name != "quantize":
+        return ""
+    source = node.args[0]
+    while isinstance(source, Node) and source.target is getitem:
+        source = source.args[0]
+    name = source.target if isinstance(source, Node) and source.op == "call_function" else "an input of the graph"
+    return f"no rule folds it into {name}, which it reads"
+
+
+def inline(graph: Graph, node: Node, op: Op, arguments: Mapping[str, Any]) -> None:
+    """Replace an op node by the aten nodes of its reference."""
+    names = [k for k, v in arguments.items() if isinstance(v, Node)]
+    inputs = [arguments[k] for k in names]
+
+    def call(*tensors: torch.Tensor) -> Any:
+        return op.reference(**{**arguments, **dict(zip(names, tensors, strict=True))})
+
+    vals = [value(n) for n in inputs]
+    with vals[0].fake_mode, torch.no_grad():  # type: ignore[union-attr]
+        body = make_fx(call, decomposition_table=select_decomp_table())(*vals).graph
+    copies: dict[Node, Any] = dict(zip(body.find_nodes(op="placeholder"), inputs, strict=True))
+    with graph.inserting_before(node):
+        for source in body.nodes:
+            if source.op == "call_function":
+                copies[source] = graph.node_copy(source, lambda n: copies[n])
+                barrier = {key: source.meta[key] for key in _ROUNDING if key in source.meta}
+                copies[source].meta = inherit(node, source.meta["val"], barrier)
+    result = body.find_nodes(op="output")[0].args[0]
+    if op.single:
+        node.replace_all_uses_with(copies[result])  # type: ignore[index]
+    else:
+        for user in list(node.users):
+            user.replace_all_uses_with(copies[result[user.args[1]]])  # type: ignore[index]
+            erase_unused(graph, user)
+    erase_unused(graph, node)

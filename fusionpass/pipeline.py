@@ -1,0 +1,48 @@
+"""The passes in order, one line each."""
+
+import time
+from collections.abc import Callable
+
+from torch.fx import Graph
+
+from .config import Config
+from .passes.cleanup import cleanup
+from .passes.lower import lower
+from .passes.normalize import normalize
+from .passes.rewrite import fuse, recognise
+from .report.show import show
+from .report.trace import GraphTrace
+from .rules import FOLDS, SPELLINGS
+
+Pass = tuple[str, Callable[[Graph], None]]
+
+
+def early(config: Config, trace: GraphTrace) -> list[Pass]:
+    """While every rounding of the model is still in the graph."""
+    return [
+        ("normalize", normalize),
+        ("recognise", lambda graph: recognise(graph, SPELLINGS, trace, config.disable)),
+    ]
+
+
+def late(config: Config, trace: GraphTrace) -> list[Pass]:
+    """After the joint passes, before code generation."""
+    return [
+        ("fuse", lambda graph: fuse(graph, FOLDS, trace, config.disable)),
+        ("lower", lambda graph: lower(graph, trace, config.target, config.disable)),
+        ("cleanup", cleanup),
+    ]
+
+
+def run(passes: list[Pass], graph: Graph, config: Config, trace: GraphTrace, *, keep: bool) -> None:
+    """Run `passes` on `graph` in place; with `keep`, render it before the first and after each."""
+    if keep and not trace.snapshots:
+        trace.snapshots.append(("captured", show(graph)))
+    for name, function in passes:
+        if name in config.disable and name not in ("lower", "cleanup"):
+            continue
+        start = time.perf_counter()
+        function(graph)
+        trace.seconds[name] = time.perf_counter() - start
+        if keep:
+            trace.snapshots.append((name, show(graph)))

@@ -1,0 +1,5 @@
+"""What happened, and why."""
+
+from .trace import GraphTrace, Record, Report, Site
+
+__all__ = ["GraphTrace", "Record", "Report", "Site"]

@@ -1,0 +1,72 @@
+"""The one printer: a graph as readable Python, for dumps, golden tests, errors and docs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+_SHORT = {
+    torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64", torch.int64: "i64",
+    torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool", torch.float8_e4m3fn: "e4m3",
+    torch.float8_e4m3fnuz: "e4m3fnuz", torch.float8_e5m2: "e5m2",
+}  # fmt: skip
+
+
+def show(graph: Graph, rename: bool = False) -> str:
+    """Python source of `graph`, with the type of each value in a comment.
+
+    Args:
+        graph: any FX graph; values are described by `meta["val"]` where there is one.
+        rename: number the values anew, so that two graphs that differ in names alone print alike.
+    """
+    names = {n: f"v{i}" if rename else n.name for i, n in enumerate(graph.nodes)}
+    inputs = [n for n in graph.nodes if n.op in ("placeholder", "get_attr")]
+    rows = [(f"{names[n]},", _describe(n)) for n in inputs]
+    head = ["import torch", "from operator import getitem", "", "aten, prims = torch.ops.aten, torch.ops.prims", "", "", "def forward("]
+    body = [(f"{names[n]} = {_call(n, names)}", _describe(n)) for n in graph.nodes if n.op == "call_function"]
+    result = [f"    return {_argument(n.args[0], names)}" for n in graph.find_nodes(op="output")]
+    return "\n".join([*head, *_commented(rows), "):", *_commented(body), *result, ""])
+
+
+def _commented(rows: list[tuple[str, str]]) -> list[str]:
+    return [f"    {text}  # {comment}" if comment else f"    {text}" for text, comment in rows]
+
+
+def _describe(node: Node) -> str:
+    return _type(node.meta.get("val"))
+
+
+def _type(val: Any) -> str:
+    if isinstance(val, torch.Tensor):
+        shape = ", ".join(map(str, val.shape))
+        dense = torch._prims_common.make_contiguous_strides_for(val.shape)
+        strides = "" if tuple(map(str, val.stride())) == tuple(map(str, dense)) else f" strides ({', '.join(map(str, val.stride()))})"
+        return f"{_SHORT.get(val.dtype, str(val.dtype))}[{shape}]{strides}"
+    if isinstance(val, list | tuple):
+        return ", ".join(_type(v) for v in val)
+    return str(val) if isinstance(val, torch.SymInt) else ""
+
+
+def _call(node: Node, names: Mapping[Node, str]) -> str:
+    args = [_argument(a, names) for a in node.args] + [f"{k}={_argument(v, names)}" for k, v in node.kwargs.items()]
+    return f"{_target(node.target)}({', '.join(args)})"
+
+
+def _target(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        name = str(target)
+        return name if name.startswith(("aten.", "prims.")) else f"torch.ops.{name}"
+    return getattr(target, "__name__", str(target))
+
+
+def _argument(value: Any, names: Mapping[Node, str]) -> str:
+    if isinstance(value, Node):
+        return names[value]
+    if isinstance(value, list):
+        return f"[{', '.join(_argument(v, names) for v in value)}]"
+    if isinstance(value, tuple):
+        return f"({', '.join(_argument(v, names) for v in value)}{',' if len(value) == 1 else ''})"
+    if isinstance(value, torch.device):
+        return f"torch.device({str(value)!r})"
+    return repr(value)
