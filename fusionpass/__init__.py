@@ -7,6 +7,7 @@ from .config import Config
 from .errors import FusionpassError
 from .op import EXACT, Backend, Op, Refusal, Tolerance, op
 from .report.dump import dump
+from .report.explain import explain
 from .report.trace import Record, Report
 from .rule import Fold, Spelling
 
@@ -14,5 +15,5 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "EXACT", "Arch", "Backend", "Config", "Fold", "FusionpassError", "Op", "Record", "Refusal", "Report", "Spelling", "Tolerance",
-    "compile", "dump", "dynamo_backend", "op", "ops", "report",
+    "compile", "dump", "dynamo_backend", "explain", "op", "ops", "report",
 ]  # fmt: skip

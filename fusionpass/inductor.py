@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule
 from .config import Config
 from .launch import Empty, Launch
 from .op import OPS
-from .passes.lower import LAUNCH
+from .passes.lower import LAUNCH, Planned
 from .report.trace import GraphTrace
 
 GraphPass = Callable[[Graph], None]
@@ -84,6 +84,22 @@ def compile_graph(
     return compiled
 
 
+def trace_graph(gm: GraphModule, inputs: Sequence[Any], run: GraphPass) -> Callable[..., Any]:
+    """Take one of Dynamo's graphs to the aten graph that Inductor would see, run `run` on it, and generate no code."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._inductor.decomposition import select_decomp_table
+
+    def traced(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        run(graph_module.graph)
+        graph_module.recompile()
+        return make_boxed_func(graph_module.forward)
+
+    backend = aot_autograd(fw_compiler=traced, decompositions=select_decomp_table(), keep_inference_input_mutations=True)
+    compiled: Callable[..., Any] = backend(gm, list(inputs))
+    return compiled
+
+
 _KERNEL = re.compile(r"^(\w+) = async_compile\.\w+\(", re.MULTILINE)
 
 
@@ -112,18 +128,17 @@ def _lower_op(overload: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any
     from torch._inductor.virtualized import V
 
     node = V.graph.current_node
-    launch: Launch | None = node.meta.get(LAUNCH)
-    if launch is None:
+    planned: Planned | None = node.meta.get(LAUNCH)
+    if planned is None:
         # Called by the model and compiled without our passes.
         return lowering.fallback_handler(overload, add_to_fallback_set=False)(*args, **kwargs)
-    boxes = {id(n.meta["val"]): box for n, box in zip(node.args, args, strict=True) if isinstance(n, torch.fx.Node)}
-    device = launch.device
+    launch, device = planned.launch, planned.launch.device
     arguments: dict[str, Any] = {}
     for name, value in launch.args.items():
         if isinstance(value, Empty):
             arguments[name] = _allocate(value, device)
         elif isinstance(value, torch.Tensor):
-            arguments[name] = boxes[id(value)]
+            arguments[name] = args[planned.positions[name]]
         else:
             arguments[name] = _expression(value)
     written = [name for name, value in launch.args.items() if isinstance(value, Empty)]
@@ -192,6 +207,14 @@ def _launch_kernel_class() -> type:
             return self.launch.kernel, [config], [], []
 
         def codegen(self, wrapper: Any) -> None:
+            # Inductor shares one definition between launches whose arguments agree; ours may differ in warps or PDL too.
+            self.kwargs["launch options"] = str(self.launch.options())
+            try:
+                self._define_and_call(wrapper)
+            finally:
+                del self.kwargs["launch options"]
+
+        def _define_and_call(self, wrapper: Any) -> None:
             if not self.launch.pdl:
                 super().codegen(wrapper)
                 return

@@ -31,11 +31,12 @@ class Match:
         return {g for p, g in self.nodes.items() if p.op == "call_function"}
 
     def leak(self) -> tuple[Node, Node] | None:
-        """A replaced node, other than the root and casts of inputs, and somebody else who reads it."""
+        """A replaced node that somebody else reads too; the root, casts of inputs and single numbers are free."""
         inside = self.interior()
         inputs = {g for p, g in self.nodes.items() if p.op == "placeholder"}
         for node in sorted(inside - {self.root}):
-            if node.target is CAST and node.args[0] in inputs:
+            val = value(node)
+            if (node.target is CAST and node.args[0] in inputs) or (val is not None and val.dim() == 0):
                 continue
             for user in node.users:
                 if user not in inside:

@@ -1,6 +1,7 @@
 """lower: each op → a Triton launch, or back to plain aten where no kernel takes it. Every choice leaves its reason."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,20 @@ from ..op import OPS, Op
 from ..report.trace import GraphTrace, Record, Site
 
 LAUNCH = "fusionpass_launch"
-"""The metadata key under which a node that stays an op carries its launch."""
+"""The metadata key under which a node that stays an op carries what was `Planned` for it."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A launch, and for each of its tensor inputs the position among the node's arguments."""
+
+    launch: Launch
+    positions: Mapping[str, int]
+
+
+def _positions(launch: Launch, node: Node) -> dict[str, int]:
+    position = {id(arg.meta["val"]): i for i, arg in enumerate(node.args) if isinstance(arg, Node)}
+    return {name: position[id(v)] for name, v in launch.args.items() if isinstance(v, torch.Tensor)}
 
 
 _ROUNDING = ("low_precision_pointwise_barrier",)
@@ -47,7 +61,8 @@ def lower(graph: Graph, trace: GraphTrace, target: Arch | None = None, disable: 
         if launch is None:
             inline(graph, node, op, arguments)
         else:
-            node.meta[LAUNCH] = launch
+            node.meta[LAUNCH] = Planned(launch, _positions(launch, node))
+            node.meta["eager_input_vals"] = (values(node.args), values(node.kwargs))
 
 
 def _choose(op: Op, node: Node, vals: Mapping[str, Any], target: Arch | None, disable: frozenset[str]) -> tuple[Launch | None, str]:

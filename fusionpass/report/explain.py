@@ -1,0 +1,81 @@
+"""explain: what would fuse, from a trace alone."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.fx import Graph, GraphModule
+from torch.utils._pytree import tree_map_only
+
+from .. import inductor, pipeline
+from ..arch import Arch
+from ..config import Config
+from .trace import Report
+
+
+def explain(model: Callable[..., Any], *args: Any, config: Config | None = None, **kwargs: Any) -> Report:
+    """What `compile` would fuse in a model called with these arguments, what not, and why.
+
+    Traces only: parameters and arguments are replaced by fake tensors, so it needs neither a GPU nor memory for the
+    model, and touches neither the model nor what it was compiled with.
+
+    Args:
+        model: a module or a function of tensors.
+        args: its arguments; only the shapes, dtypes and strides of tensors matter.
+        config: options; `Config(target=Arch("sm_90"))` explains another target than the tensors' own device.
+        kwargs: its keyword arguments.
+
+    Returns:
+        A report with one graph per graph of Dynamo's; nothing is generated, so `kernels` is 0.
+    """
+    options = Config.make(config)
+    report = Report(type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", "function"))
+    device = _device(options.target)
+
+    def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        trace = report.new_graph()
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        if reason is not None and reason.graph_break:
+            trace.graph_break = str(reason.reason)
+
+        def run(graph: Graph) -> None:
+            passes = [*pipeline.early(options, trace), *pipeline.late(options, trace)]
+            pipeline.run(passes, graph, options, trace, keep=True)
+
+        return inductor.trace_graph(gm, inputs, run)
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeCopyMode(mode):
+        traced = copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model
+    with mode, torch.no_grad():
+        if isinstance(traced, torch.nn.Module) and device is not None:
+            _move(traced, device)
+        fake_args, fake_kwargs = tree_map_only(torch.Tensor, lambda t: _fake(mode, t, device), (args, kwargs))
+        torch.compile(traced, backend=backend, dynamic=False)(*fake_args, **fake_kwargs)
+    return report
+
+
+def _device(target: Arch | None) -> torch.device | None:
+    if target is None:
+        return None
+    return torch.device("cpu") if target.is_cpu else torch.device("cuda", 0)
+
+
+def _move(module: torch.nn.Module, device: torch.device) -> None:
+    """Move a fake copy; shared tensors stay shared (`Module.to` cannot swap fake parameters)."""
+    moved: dict[int, torch.Tensor] = {}
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                new = moved.setdefault(id(parameter), torch.nn.Parameter(parameter.detach().to(device), requires_grad=False))
+                child._parameters[name] = new  # type: ignore[assignment]
+        for name, buffer in child._buffers.items():
+            if buffer is not None:
+                child._buffers[name] = moved.setdefault(id(buffer), buffer.to(device))
+
+
+def _fake(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    fake: torch.Tensor = mode.from_tensor(tensor)
+    return fake if device is None else fake.to(device)
