@@ -1,0 +1,72 @@
+"""The command line: `fusionpass`, or `python -m fusionpass`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+from .errors import FusionpassError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status: 0, 1 where a check failed, 2 for a mistake of the user's."""
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except FusionpassError as error:
+        print(f"fusionpass {args.command}: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fusionpass", description="Kernel fusion for torch.compile, with reasons.")
+    parser.add_argument("--version", action="version", version=f"fusionpass {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    return parser
+
+
+def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    demo = commands.add_parser("demo", help="quantise, compile, measure and compare a real language model")
+    demo.add_argument("--model", type=Path, metavar="DIR", help="a local Hugging Face model; default: SmolLM2-135M")
+    demo.add_argument("--device", help="default: cuda where there is one, else cpu")
+    demo.add_argument("--prompt", action="append", help="what to answer; may be given several times")
+    demo.add_argument("--tokens", type=_positive, default=32, help="tokens to generate after each prompt (32)")
+    demo.add_argument("--window", type=_positive, default=256, help="tokens of context (256)")
+    demo.add_argument("--numerics", choices=("eager", "fast"), default="eager", help="which roundings to keep (eager)")
+    demo.add_argument("--cuda-graphs", choices=("auto", "off"), default="auto", help="as in fusionpass.Config (auto)")
+    demo.add_argument("--dump-dir", type=Path, metavar="DIR", help="where graphs and generated code go")
+    demo.add_argument("--json", type=Path, metavar="FILE", help="also write everything that was found as JSON")
+    demo.set_defaults(run=_demo)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"{value} is less than 2")
+    return value
+
+
+def _demo(args: argparse.Namespace) -> int:
+    import torch
+
+    from . import demo
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, tokenizer, name = demo.load(args.model, device)
+    print(f"{name}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters")
+    options = demo.Options(
+        prompts=tuple(args.prompt or demo.PROMPTS),
+        window=args.window,
+        new_tokens=args.tokens,
+        numerics=args.numerics,
+        cuda_graphs=args.cuda_graphs,
+        dump_dir=args.dump_dir,
+    )
+    result = demo.run(model, tokenizer, options)
+    if args.json:
+        args.json.write_text(json.dumps({"model": name, "device": str(device), **result.to_dict()}, indent=1))
+    return 0 if result.passed else 1
