@@ -1,7 +1,7 @@
 """A kernel launch as data: run eagerly, written into Inductor's wrapper, or compiled ahead of time, from one description."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Launch:
         args: every kernel parameter by name: tensors, numbers, constexprs, None, and `Empty` for what it writes.
         returns: the parameters whose buffers are returned, in the order of the op's outputs.
         pdl: launch with programmatic dependent launch (the kernel must then wait before its first dependent load).
+        early: the parameters that the kernel may read before that wait, where its constexpr EARLY is true.
     """
 
     kernel: Any
@@ -40,6 +41,7 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 1
     pdl: bool = False
+    early: tuple[str, ...] = ()
     note: str = field(default="", compare=False)
 
     @property
@@ -49,6 +51,10 @@ class Launch:
     def options(self) -> dict[str, Any]:
         """Triton's own launch options."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages} | ({"launch_pdl": True} if self.pdl else {})
+
+    def reading_early(self) -> "Launch":
+        """The launch for where the kernel just before it cannot have written `early`: parameters of a model, say."""
+        return replace(self, args={**self.args, "EARLY": True}) if self.early else self
 
     def run(self) -> list[torch.Tensor]:
         """Allocate the outputs and launch on the current stream of the inputs' device."""

@@ -6,8 +6,8 @@ import torch
 
 from ...errors import ArgumentError
 from ...op import EXACT, Tolerance, op
-from ..rows import triton_backend
 from ..quant import CODES, quantize, quantized_outputs, static_scale
+from ..rows import triton_backend
 
 NORM = Tolerance(ulp=1, fraction=2e-3, fp32_ulp=8)
 
@@ -18,17 +18,27 @@ def _tensors(tokens: int, width: int, dtype: torch.dtype, device: str, generator
     return {"x": x, "weight": weight, "eps": 1e-6}
 
 
-def _with_residual(tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, object]:
+def _with_residual(
+    tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator
+) -> dict[str, object]:
     residual = torch.randn(tokens, width, generator=generator, device=device).mul(4).to(dtype)
     return {**_tensors(tokens, width, dtype, device, generator), "residual": residual}
 
 
-def _quantized(tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, object]:
+def _quantized(
+    tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator
+) -> dict[str, object]:
     return {**_tensors(tokens, width, dtype, device, generator), "scale": static_scale(device), "scheme": "fp8_static"}
 
 
-def _residual_quantized(tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, object]:
-    return {**_with_residual(tokens, width, dtype, device, generator), "scale": static_scale(device), "scheme": "fp8_static"}
+def _residual_quantized(
+    tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator
+) -> dict[str, object]:
+    return {
+        **_with_residual(tokens, width, dtype, device, generator),
+        "scale": static_scale(device),
+        "scheme": "fp8_static",
+    }
 
 
 @op(outputs=("norm",), sample=_tensors, tolerance={"norm": NORM})
@@ -51,9 +61,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
     if not x.is_floating_point() or not weight.is_floating_point():
-        raise ArgumentError(f"x and weight have dtypes {x.dtype} and {weight.dtype}", "rms_norm", "Both must be floating point")
+        raise ArgumentError(
+            f"x and weight have dtypes {x.dtype} and {weight.dtype}", "rms_norm", "Both must be floating point"
+        )
     if weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
-        raise ArgumentError(f"weight has shape {tuple(weight.shape)}, x has width {x.shape[-1]}", "rms_norm", "Pass one weight per column")
+        raise ArgumentError(
+            f"weight has shape {tuple(weight.shape)}, x has width {x.shape[-1]}",
+            "rms_norm",
+            "Pass one weight per column",
+        )
     h = x.float()
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
     return weight * h.to(x.dtype)
@@ -63,7 +79,12 @@ def _add_outputs(arguments: Mapping[str, object]) -> tuple[str, ...]:
     return ("norm", *(("residual",) if arguments["residual_out"] else ()))
 
 
-@op(outputs=_add_outputs, sample=_with_residual, tolerance={"norm": NORM, "residual": EXACT}, options={"residual": "residual_out"})
+@op(
+    outputs=_add_outputs,
+    sample=_with_residual,
+    tolerance={"norm": NORM, "residual": EXACT},
+    options={"residual": "residual_out"},
+)
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, residual_out: bool = True
 ) -> list[torch.Tensor]:
@@ -91,7 +112,12 @@ def _norm_quantize_outputs(arguments: Mapping[str, object]) -> tuple[str, ...]:
     return (*quantized_outputs(dict(arguments)), *extra)
 
 
-@op(outputs=_norm_quantize_outputs, sample=_quantized, tolerance={"q": CODES, "norm": NORM}, options={"norm": "norm_out"})
+@op(
+    outputs=_norm_quantize_outputs,
+    sample=_quantized,
+    tolerance={"q": CODES, "norm": NORM},
+    options={"norm": "norm_out"},
+)
 def rms_norm_quantize(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -155,13 +181,18 @@ def add_rms_norm_quantize(
         As `add_rms_norm` and `quantize`.
     """
     total = _sum(x, residual)
-    return [*rms_norm_quantize.reference(total, weight, scale, eps, scheme, norm_out), *([total] if residual_out else [])]
+    return [
+        *rms_norm_quantize.reference(total, weight, scale, eps, scheme, norm_out),
+        *([total] if residual_out else []),
+    ]
 
 
 def _sum(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     if x.shape != residual.shape or x.dtype != residual.dtype:
         raise ArgumentError(
-            f"x is {tuple(x.shape)} {x.dtype}, residual is {tuple(residual.shape)} {residual.dtype}", "add_rms_norm", "They must be alike"
+            f"x is {tuple(x.shape)} {x.dtype}, residual is {tuple(residual.shape)} {residual.dtype}",
+            "add_rms_norm",
+            "They must be alike",
         )
     return x + residual
 

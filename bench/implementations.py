@@ -1,0 +1,107 @@
+"""The ways to run an op that are timed beside each other. Each makes, from sets of arguments, a call on set `i`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from fusionpass.arch import Arch
+from fusionpass.launch import Empty, Launch
+from fusionpass.op import Op
+
+Call = Callable[[int], list[torch.Tensor]]
+Arguments = Mapping[str, Any]
+
+
+def plan(op: Op, arguments: Arguments, arch: Arch) -> Launch | None:
+    """The launch as a compiled model runs it: weight and scale are its parameters."""
+    launch, _ = op.plan(arch, arguments)
+    return launch.reading_early() if launch is not None else None
+
+
+def launch_call(launches: list[Launch]) -> Call:
+    """Calls of planned launches, into outputs allocated once and filled with garbage."""
+    made = [
+        {name: _poison(v, launch.device) if isinstance(v, Empty) else v for name, v in launch.args.items()}
+        for launch in launches
+    ]
+
+    def call(i: int) -> list[torch.Tensor]:
+        launches[i].kernel[launches[i].grid](**made[i], **launches[i].options())
+        return [made[i][name] for name in launches[i].returns]
+
+    return call
+
+
+def _poison(empty: Empty, device: torch.device) -> torch.Tensor:
+    made = empty.new(device)
+    made.view(torch.uint8).fill_(0xA5)
+    return made
+
+
+def fusionpass(op: Op, sets: list[Arguments], arch: Arch) -> Call | None:
+    launches = [plan(op, arguments, arch) for arguments in sets]
+    return None if None in launches else launch_call([launch for launch in launches if launch is not None])
+
+
+def eager(op: Op, sets: list[Arguments], arch: Arch) -> Call:
+    return lambda i: _listed(op, op.reference(**sets[i]))
+
+
+def inductor(op: Op, sets: list[Arguments], arch: Arch, pdl: bool = False) -> Call:
+    torch._dynamo.reset()
+    options = {"triton.enable_pdl": True} if pdl else {}
+    compiled = torch.compile(op.reference, fullgraph=True, dynamic=False, options=options)
+    return lambda i: _listed(op, compiled(**sets[i]))
+
+
+def copy(op: Op, sets: list[Arguments], arch: Arch) -> Call:
+    """The yardstick: half of the bytes read, half of them written."""
+    half = bytes_moved(op, sets[0]) // 2
+    sources = [torch.randint(0, 255, (half,), dtype=torch.uint8, device="cuda") for _ in sets]
+    targets = [torch.empty_like(source) for source in sources]
+    return lambda i: [targets[i].copy_(sources[i])]
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Op, list[Arguments], Arch], Call | None]] = {
+    "copy": copy,
+    "fusionpass": fusionpass,
+    "inductor+pdl": functools.partial(inductor, pdl=True),
+    "inductor": inductor,
+    "eager": eager,
+}
+
+
+def bytes_moved(op: Op, arguments: Arguments) -> int:
+    """Each input read once and each output written once."""
+    outputs = _listed(op, op.reference(**{k: _meta(v) for k, v in arguments.items()}))
+    tensors = [v for v in (*arguments.values(), *outputs) if isinstance(v, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def argument_sets(op: Op, tokens: int, width: int, dtype: torch.dtype, count: int) -> list[Arguments]:
+    """`count` sets of arguments whose activations are all their own; weights and scales are shared."""
+    generator = torch.Generator("cuda").manual_seed(tokens * width)
+    first = op.bind((), op.sample(tokens, width, dtype, "cuda", generator))
+    others = [{k: v.clone() if _is_activation(v) else v for k, v in first.items()} for _ in range(count - 1)]
+    return [first, *others]
+
+
+def variant(launch: Launch, rows: int, warps: int) -> Launch:
+    """The norm kernel's launch, cut otherwise."""
+    grid = (-(-launch.args["rows"] // rows),)
+    return dataclasses.replace(launch, args={**launch.args, "ROWS": rows}, grid=grid, num_warps=warps)
+
+
+def _is_activation(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 1
+
+
+def _meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+def _listed(op: Op, results: Any) -> list[torch.Tensor]:
+    return [results] if op.single else list(results)

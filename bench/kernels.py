@@ -1,0 +1,134 @@
+"""Time an op's kernel beside a copy, eager mode and Inductor: `python -m bench.kernels --help`."""
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from fusionpass.arch import Arch
+from fusionpass.op import OPS, Op
+from fusionpass.testing import exact, relative_error
+
+from .implementations import IMPLEMENTATIONS, Arguments, Call, argument_sets, bytes_moved
+from .machine import ROOT, device_slug, facts, require_gpu
+from .timing import cold_sets, summary, time_calls
+
+ROUNDS = 2
+
+
+def main() -> None:
+    """Parse the options, time every cell, write the JSON and print the table."""
+    timed = {op.name: op for op in OPS.values() if op.backends}
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
+    parser.add_argument("--op", nargs="+", choices=[*timed, "all"], default=["add_rms_norm_quantize"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 64, 1024, 8192])
+    parser.add_argument("--hidden", nargs="+", type=int, default=[576, 2048, 4096, 8192])
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--regime", choices=["warm", "cold", "both"], default="both", help="cold where big enough")
+    parser.add_argument("--out", type=Path, help="folder; default bench/results/<device>")
+    parser.add_argument("--commit", help="where the checkout cannot say it")
+    options = parser.parse_args()
+    require_gpu()
+    out: Path = options.out or ROOT / "bench" / "results" / device_slug()
+    out.mkdir(parents=True, exist_ok=True)
+    names = list(timed) if "all" in options.op else options.op
+    sizes = [(tokens, hidden) for hidden in options.hidden for tokens in options.tokens]
+    console = Console()
+    with Progress(console=console) as progress:
+        bar = progress.add_task("", total=len(names) * len(sizes))
+        for name in names:
+            cells: list[dict[str, Any]] = []
+            for tokens, hidden in sizes:
+                progress.update(bar, description=f"{name} {tokens} × {hidden}")
+                cells += measure(timed[name], tokens, hidden, getattr(torch, options.dtype), options.regime)
+                progress.advance(bar)
+            record = {**facts(options.commit), "op": name, "dtype": options.dtype, "cells": cells}
+            (out / f"{name}-{options.dtype}.json").write_text(json.dumps(record, indent=1) + "\n")
+            console.print(table(record))
+            console.print(verdict(cells))
+
+
+def measure(op: Op, tokens: int, hidden: int, dtype: torch.dtype, regime: str) -> list[dict[str, Any]]:
+    """The cells of one size: warm on one set of buffers, cold on sets rotated past three times the L2.
+
+    Raises:
+        AssertionError: an implementation's output is further from float64 than twice what the reference's is.
+    """
+    arch = Arch.of(torch.device("cuda"))
+    moved = bytes_moved(op, argument_sets(op, tokens, hidden, dtype, 1)[0])
+    cold = cold_sets(moved, torch.cuda.get_device_properties(0).L2_cache_size)
+    regimes = {"warm": 1, "cold": cold}
+    chosen = {k: v for k, v in regimes.items() if v is not None and regime in (k, "both")}
+    if not chosen:
+        return []
+    sets = argument_sets(op, tokens, hidden, dtype, max(chosen.values()))
+    calls = {name: call for name, make in IMPLEMENTATIONS.items() if (call := make(op, sets, arch)) is not None}
+    errors = {name: _checked(op, sets[0], name, call) for name, call in calls.items() if name != "copy"}
+    cells = []
+    for name, count in chosen.items():
+        samples: dict[str, list[float]] = {implementation: [] for implementation in calls}
+        for _ in range(ROUNDS):
+            for implementation, call in calls.items():
+                samples[implementation] += time_calls(call, count)
+        results = {k: {**summary(v), **({"error": errors[k]} if k in errors else {})} for k, v in samples.items()}
+        cells.append(
+            {"tokens": tokens, "hidden": hidden, "regime": name, "sets": count, "bytes": moved, "results": results}
+        )
+    torch.cuda.empty_cache()
+    return cells
+
+
+def _checked(op: Op, arguments: Arguments, name: str, call: Call) -> float:
+    oracle = exact(op, arguments)
+    reference = op.reference(**arguments)
+    outputs = call(0)
+    worst = 0.0
+    for output, want, truth in zip(outputs, [reference] if op.single else reference, oracle, strict=True):
+        error, allowed = relative_error(output, truth), 2 * relative_error(want, truth) + 1e-6
+        assert error <= allowed, f"{name} of {op.name}: {error:.2e} from float64, more than {allowed:.2e}"
+        worst = max(worst, error)
+    return worst
+
+
+def table(record: dict[str, Any]) -> Table:
+    made = Table(
+        title=f"{record['op']}, {record['dtype']}, {record['device']}, torch {record['torch']}: µs (ratio to ours)"
+    )
+    for column in ("tokens × hidden", "regime", *IMPLEMENTATIONS):
+        made.add_column(column, justify="right")
+    for cell in record["cells"]:
+        results = cell["results"]
+        ours = results.get("fusionpass", results["inductor"])["us"]
+        texts = [
+            f"{results[k]['us']:.2f} ({results[k]['us'] / ours:.2f})" if k in results else "–" for k in IMPLEMENTATIONS
+        ]
+        made.add_row(f"{cell['tokens']} × {cell['hidden']}", cell["regime"], *texts)
+    return made
+
+
+def verdict(cells: list[dict[str, Any]]) -> str:
+    """Geometric mean and worst cell, against Inductor with PDL and against the copy."""
+    lines = []
+    for regime in ("warm", "cold"):
+        for other in ("inductor+pdl", "copy"):
+            ratios = {
+                f"{c['tokens']} × {c['hidden']}": c["results"][other]["us"] / c["results"]["fusionpass"]["us"]
+                for c in cells
+                if c["regime"] == regime and "fusionpass" in c["results"]
+            }
+            if ratios:
+                mean = math.exp(statistics.fmean(map(math.log, ratios.values())))
+                worst = min(ratios, key=lambda k: ratios[k])
+                lines.append(f"{regime}: {mean:.3f} × the speed of {other}; least {ratios[worst]:.3f} at {worst}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

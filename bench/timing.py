@@ -1,0 +1,65 @@
+"""Time calls under CUDA graphs, on one set of buffers or on sets rotated past the L2."""
+
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+MOST_SETS = 1024
+"""Sets of buffers beyond which a cell is too small to be timed cold."""
+
+
+def cold_sets(bytes_moved: int, l2_bytes: int) -> int | None:
+    """How many sets of buffers together take three times the L2; None where that would be more than `MOST_SETS`."""
+    sets = math.ceil(3 * l2_bytes / bytes_moved) + 1
+    return sets if sets <= MOST_SETS else None
+
+
+def time_calls(call: Callable[[int], Any], sets: int, replays: int = 15, target_us: float = 2000.0) -> list[float]:
+    """Time `call(i)`, which must launch its work on set `i` and return what it allocated.
+
+    Calls are captured many to a graph, so that neither the host nor the gap between replays counts. What a call
+    returns is kept until its set comes round again, so that outputs rotate as the inputs do.
+
+    Returns:
+        Microseconds per call, one figure a replay.
+    """
+    call(0)
+    torch.cuda.synchronize()
+    calls = math.ceil(max(16, _calls_for(call, target_us)) / sets) * sets
+    kept: list[Any] = [None] * sets
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            kept[i % sets] = call(i % sets)
+    for _ in range(3):
+        graph.replay()
+    samples = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) * 1000 / calls)
+    return samples
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """The median, and the quartiles beside it."""
+    low, median, high = statistics.quantiles(samples, n=4)
+    return {"us": round(median, 3), "low": round(low, 3), "high": round(high, 3)}
+
+
+def _calls_for(call: Callable[[int], Any], target_us: float) -> int:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(4):
+        call(0)
+    end.record()
+    end.synchronize()
+    # Small kernels wait for the host here, so their true time is shorter: never fewer than 256 of them.
+    each = start.elapsed_time(end) * 250
+    return math.ceil(target_us / each) if each > 100 else 256

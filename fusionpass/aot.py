@@ -1,0 +1,75 @@
+"""Compile launches ahead of time, for any target, on a machine that need not have one."""
+
+from typing import Any
+
+import torch
+
+from .arch import Arch
+from .launch import Empty, Launch
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e4m3fnuz: "*fp8e4b8",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+def compile_launch(launch: Launch, arch: Arch) -> dict[str, Any]:
+    """Compile the kernel of `launch` as it would be specialised for these arguments.
+
+    Args:
+        launch: its tensors may be fake or on the meta device; sizes may be symbolic (64-bit, with no divisibility).
+        arch: an NVIDIA or AMD target.
+
+    Returns:
+        Triton's stages by name: "ttir", "ttgir", "llir", and "ptx" and "cubin", or "amdgcn" and "hsaco".
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = launch.kernel
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for index, parameter in enumerate(kernel.params):
+        value = launch.args[parameter.name]
+        kind = "constexpr" if parameter.is_constexpr else parameter_type(value)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.name] = value
+        elif _divisible(value):
+            attributes[index,] = [["tt.divisibility", 16]]
+    target = GPUTarget("hip", arch.name, arch.warp_size) if arch.is_rocm else GPUTarget("cuda", arch.capability, 32)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return dict(triton.compile(source, target=target, options=launch.options()).asm)
+
+
+def parameter_type(value: Any) -> str:
+    """Triton's name for the type of a runtime argument; "constexpr" where Triton specialises on the value."""
+    if isinstance(value, torch.Tensor | Empty):
+        return _POINTERS[value.dtype]
+    if value is None or (isinstance(value, int) and value == 1):
+        return "constexpr"
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "i64"
+
+
+def _divisible(value: Any) -> bool:
+    if isinstance(value, Empty):
+        return True
+    if isinstance(value, torch.Tensor):
+        offset = value.storage_offset() * value.element_size()
+        return isinstance(offset, int) and offset % 16 == 0
+    return isinstance(value, int) and value % 16 == 0

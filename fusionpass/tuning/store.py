@@ -1,0 +1,48 @@
+"""Measured cells by op family and device: `configs/<family>/<device>.json`, written by `python -m bench.tune`."""
+
+import functools
+import json
+import math
+from importlib.resources import files
+from typing import Any
+
+from ..arch import Arch
+
+DEVICES = {"sm_90": "h100"}
+"""The device whose measurements stand for a target."""
+
+
+def look_up(family: str, arch: Arch, tokens: int | None, width: int) -> dict[str, Any] | None:
+    """The measured cell of this width nearest to `tokens`, on a logarithmic scale.
+
+    Args:
+        family: a folder of `configs`, such as "norm".
+        arch: the target.
+        tokens: None where the count is symbolic: no single cell is right then.
+        width: columns; only cells of exactly this width count.
+
+    Returns:
+        {"tokens", "width"} and what was found there: the kernel's configuration, "us", "inductor_us"; or None.
+    """
+    if not tokens:
+        return None
+    cells = [cell for cell in _cells(family, arch.name) if cell["width"] == width]
+    return min(cells, key=lambda cell: abs(math.log(cell["tokens"] / tokens)), default=None)
+
+
+def refuse(family: str, arch: Arch, tokens: int | None, width: int) -> str | None:
+    """Why Inductor's own code is the better choice for this size, by measurement, or None."""
+    cell = look_up(family, arch, tokens, width)
+    if cell is None or cell.get("inductor_us", math.inf) >= cell["us"]:
+        return None
+    figures = f"{cell['inductor_us']:.2f} against {cell['us']:.2f} µs at {cell['tokens']} × {cell['width']}"
+    return f"inductor: measured faster ({figures} on {DEVICES[arch.name]})"
+
+
+@functools.cache
+def _cells(family: str, arch: str) -> tuple[dict[str, Any], ...]:
+    device = DEVICES.get(arch)
+    if device is None:
+        return ()
+    path = files(__package__) / "configs" / family / f"{device}.json"
+    return tuple(json.loads(path.read_text())["cells"]) if path.is_file() else ()
