@@ -6,6 +6,7 @@ from .compile import compile, dynamo_backend, report
 from .config import Config
 from .errors import FusionpassError
 from .op import EXACT, Backend, Op, Refusal, Tolerance, op
+from .quantize import quantize_
 from .report.dump import dump
 from .report.explain import explain
 from .report.trace import Record, Report
@@ -15,5 +16,5 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "EXACT", "Arch", "Backend", "Config", "Fold", "FusionpassError", "Op", "Record", "Refusal", "Report", "Spelling", "Tolerance",
-    "compile", "dump", "dynamo_backend", "explain", "op", "ops", "report",
+    "compile", "dump", "dynamo_backend", "explain", "op", "ops", "quantize_", "report",
 ]  # fmt: skip

@@ -105,11 +105,15 @@ def report(model: Any) -> Report:
     """
     session = _SESSIONS.get(model)
     if session is None:
-        raise NotCompiledError(f"{type(model).__name__} was not compiled", "report", "Call fusionpass.compile(model) first")
+        raise NotCompiledError(
+            f"{type(model).__name__} was not compiled", "report", "Call fusionpass.compile(model) first"
+        )
     return session.report
 
 
-def dynamo_backend(gm: GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any) -> Callable[..., Any]:
+def dynamo_backend(
+    gm: GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any
+) -> Callable[..., Any]:
     """The entry point behind `torch.compile(model, backend="fusionpass", options={...})`.
 
     Args:

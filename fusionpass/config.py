@@ -15,6 +15,8 @@ _CHOICES = {
     "cuda_graphs": ("auto", "off"),
     "on_miss": ("ignore", "warn", "error"),
 }
+_PASSES = ("normalize", "recognise", "fuse")
+"""The passes that `disable` may name; what comes after them is needed for code to come out."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,18 @@ class Config:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r} does not exist", "Config", nearest(str(value), choices))
-        if isinstance(self.disable, str) or not all(isinstance(name, str) for name in self.disable):
-            raise ConfigError(f"disable={self.disable!r} is not a collection of names", "Config", 'Pass {"norm.llama"}')
-        object.__setattr__(self, "disable", frozenset(self.disable))
-        if self.dump_dir is not None:
-            object.__setattr__(self, "dump_dir", Path(self.dump_dir))
+        names: object = self.disable
+        if isinstance(names, str) or not isinstance(names, Iterable) or not all(isinstance(n, str) for n in names):
+            raise ConfigError(f"disable={names!r} is not a collection of names", "Config", 'Pass {"norm.llama"}')
+        object.__setattr__(self, "disable", frozenset(names))
+        folder: object = self.dump_dir
+        if isinstance(folder, str | Path):
+            object.__setattr__(self, "dump_dir", Path(folder))
+        elif folder is not None:
+            raise ConfigError(f"dump_dir={folder!r} is not a path", "Config", 'Pass "some/folder"')
+        target: object = self.target
+        if target is not None and not isinstance(target, Arch):
+            raise ConfigError(f"target={target!r} is not an Arch", "Config", 'Pass fusionpass.Arch("sm_90")')
 
     @staticmethod
     def make(config: "Config | None" = None, overrides: Mapping[str, Any] | None = None) -> "Config":
@@ -66,7 +75,20 @@ class Config:
         for name in overrides or {}:
             if name not in fields:
                 raise ConfigError(f"there is no option {name!r}", "Config", nearest(name, fields))
-        return dataclasses.replace(config or _from_environment(fields), **(overrides or {}))
+        made = dataclasses.replace(config or _from_environment(fields), **(overrides or {}))
+        for name in sorted(made.disable):
+            if name not in (known := _can_be_disabled()):
+                raise ConfigError(f"disable names {name!r}, which does not exist", "Config", nearest(name, known))
+        return made
+
+
+def _can_be_disabled() -> set[str]:
+    from .op import OPS
+    from .rules import FOLDS, SPELLINGS
+
+    rules = {rule.name for rule in (*SPELLINGS, *FOLDS)}
+    backends = {backend.name for op in OPS.values() for backend in op.backends}
+    return {*_PASSES, *rules, *backends, *(op.name for op in OPS.values())}
 
 
 def _from_environment(fields: Iterable[str]) -> Config:

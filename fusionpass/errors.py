@@ -51,6 +51,10 @@ class ArgumentError(FusionpassError):
     """An op was called with tensors whose shapes, dtypes or devices do not fit."""
 
 
+class ModelError(FusionpassError):
+    """A model that the command line was asked to load is not there."""
+
+
 class RuleError(FusionpassError):
     """A spelling or a fold does not describe the op that it claims to be."""
 

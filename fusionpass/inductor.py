@@ -27,7 +27,9 @@ class _JointPass(CustomGraphPass):  # type: ignore[misc]
 
     def __init__(self, early: GraphPass, before: Any, key: Any) -> None:
         self.early, self.key = early, key
-        self.before: list[Any] = [] if before is None else list(before) if isinstance(before, list | tuple) else [before]
+        self.before: list[Any] = (
+            [] if before is None else list(before) if isinstance(before, list | tuple) else [before]
+        )
 
     def __call__(self, graph: Graph) -> None:
         for function in self.before:
@@ -95,7 +97,9 @@ def trace_graph(gm: GraphModule, inputs: Sequence[Any], run: GraphPass) -> Calla
         graph_module.recompile()
         return make_boxed_func(graph_module.forward)
 
-    backend = aot_autograd(fw_compiler=traced, decompositions=select_decomp_table(), keep_inference_input_mutations=True)
+    backend = aot_autograd(
+        fw_compiler=traced, decompositions=select_decomp_table(), keep_inference_input_mutations=True
+    )
     compiled: Callable[..., Any] = backend(gm, list(inputs))
     return compiled
 
@@ -158,7 +162,9 @@ def _allocate(empty: Empty, device: torch.device) -> Any:
     from torch._inductor import ir, lowering
 
     shape = [_expression(s) for s in empty.shape]
-    stride = ir.FlexibleLayout.contiguous_strides(shape) if empty.stride is None else [_expression(s) for s in empty.stride]
+    stride = (
+        ir.FlexibleLayout.contiguous_strides(shape) if empty.stride is None else [_expression(s) for s in empty.stride]
+    )
     box = lowering.empty_strided(shape, stride, dtype=empty.dtype, device=device)
     box.realize()
     return box

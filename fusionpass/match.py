@@ -105,7 +105,11 @@ class Pattern:
         start = _State({}, {}, None)
         for state in self._node(start, self.anchor, anchor, attempt):
             for done in self._forward(state, attempt):
-                arguments = {name: done.nodes[p] for name, p in zip(self.names, self._placeholders(), strict=True) if p in done.nodes}
+                arguments = {
+                    name: done.nodes[p]
+                    for name, p in zip(self.names, self._placeholders(), strict=True)
+                    if p in done.nodes
+                }
                 return Match(done.nodes, done.nodes[self.root], {**arguments, **done.scalars})
         return attempt
 
@@ -114,10 +118,10 @@ class Pattern:
 
     def _forward(self, state: _State, attempt: Attempt) -> Iterator[_State]:
         for p in self.order:
-            known = next((q for q in p.all_input_nodes if q in state.nodes and q.op == "call_function"), None)
-            if p in state.nodes or known is None:
+            known = [q for q in p.all_input_nodes if q in state.nodes and q.op == "call_function"]
+            if p in state.nodes or not known:
                 continue
-            g = state.nodes[known]
+            g = state.nodes[max(known)]
             readers = [u for u in g.users if u.target is p.target]
             for reader in readers:
                 for deeper in self._node(state, p, reader, attempt):
@@ -134,7 +138,9 @@ class Pattern:
             if state.nodes[p] is g:
                 yield state
             elif isinstance(g, Node):
-                attempt.fail(_count(state), g, f"expected {state.nodes[p].name} here, since the spelling reads one value twice")
+                attempt.fail(
+                    _count(state) - 1, g, f"expected {state.nodes[p].name} here, since the spelling reads one value twice"
+                )
             return
         if not isinstance(g, Node):
             return
@@ -155,7 +161,8 @@ class Pattern:
         orders = [g.args, g.args[::-1]] if p.target in COMMUTATIVE and len(g.args) == 2 else [g.args]
         for args in orders:
             pairs = [*zip(p.args, args, strict=True), *((p.kwargs[k], g.kwargs[k]) for k in p.kwargs)]
-            yield from self._arguments(entered, pairs, g, attempt)
+            # Constants first: they fail sooner than a chain of operands.
+            yield from self._arguments(entered, sorted(pairs, key=lambda pair: isinstance(pair[0], Node)), g, attempt)
 
     def _arguments(self, state: _State, pairs: list[tuple[Any, Any]], g: Node, attempt: Attempt) -> Iterator[_State]:
         if not pairs:
@@ -168,7 +175,7 @@ class Pattern:
             return
         bound = self._literal(state, p, actual)
         if bound is None:
-            attempt.fail(_count(state), g, f"expected the constant {p}, found {actual}")
+            attempt.fail(_count(state) - 1, g, f"expected the constant {p}, found {actual}")
             return
         yield from self._arguments(bound, rest, g, attempt)
 

@@ -87,7 +87,9 @@ class Op:
         library.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{self.namespace}::{self.name}", self.reference, lib=library)
         self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, self.namespace), self.name).default
-        torch.library.register_autograd(f"{self.namespace}::{self.name}", self._backward, setup_context=_save, lib=library)
+        torch.library.register_autograd(
+            f"{self.namespace}::{self.name}", self._backward, setup_context=_save, lib=library
+        )
 
     def __repr__(self) -> str:
         return f"{self.namespace}.{self.name}"
@@ -102,7 +104,9 @@ class Op:
         bound.apply_defaults()
         return dict(bound.arguments)
 
-    def plan(self, arch: Arch, arguments: Mapping[str, Any], disable: frozenset[str] = frozenset()) -> tuple[Launch | None, str]:
+    def plan(
+        self, arch: Arch, arguments: Mapping[str, Any], disable: frozenset[str] = frozenset()
+    ) -> tuple[Launch | None, str]:
         """The launch that runs this call on `arch` and the backend's name, or None and every backend's reason."""
         reasons = []
         for backend in self.backends:
@@ -123,18 +127,29 @@ class Op:
 
     def _backward(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
         # Recomputed through the reference: fused ops serve inference, but a gradient must never be silently lost.
-        inputs = [v.detach().requires_grad_(v.is_floating_point()) if isinstance(v, torch.Tensor) else v for v in ctx.inputs]
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved).detach() if v is _SAVED else v for v in ctx.inputs]
+        for v in inputs:
+            if isinstance(v, torch.Tensor):
+                v.requires_grad_(v.is_floating_point())
         with torch.enable_grad():
             results = self.reference(*inputs)
         outs, cotangents = ([results], grads) if self.single else (results, grads[0])
         pairs = [(r, g) for r, g in zip(outs, cotangents, strict=True) if r.requires_grad and g is not None]
         wanted = [v for v in inputs if isinstance(v, torch.Tensor) and v.requires_grad]
         found = iter(torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
-        return tuple(next(found) if isinstance(v, torch.Tensor) and v.requires_grad else None for v in inputs)
+        # Up to torch 2.13 a gradient for an argument that was left at its default is an error.
+        asked = inputs[: len(ctx.needs_input_grad)]
+        return tuple(next(found) if isinstance(v, torch.Tensor) and v.requires_grad else None for v in asked)
+
+
+_SAVED = object()
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.inputs = inputs
+    # save_for_backward notices an input that is written to before the backward.
+    ctx.save_for_backward(*(v for v in inputs if isinstance(v, torch.Tensor)))
+    ctx.inputs = [_SAVED if isinstance(v, torch.Tensor) else v for v in inputs]
 
 
 OPS: dict[torch._ops.OpOverload, Op] = {}

@@ -118,7 +118,9 @@ class _Stop(Exception):
     pass
 
 
-def codegen(fn: Callable[..., Any], make_args: Callable[[], Sequence[Any]], arch: str, backend: Callable[..., Any] | None = None) -> list[str]:
+def codegen(
+    fn: Callable[..., Any], make_args: Callable[[], Sequence[Any]], arch: str, backend: Callable[..., Any] | None = None
+) -> list[str]:
     """Inductor's wrapper sources, kernels included, for `fn(*make_args())` on a faked `arch`.
 
     Args:

@@ -65,7 +65,9 @@ def lower(graph: Graph, trace: GraphTrace, target: Arch | None = None, disable: 
             node.meta["eager_input_vals"] = (values(node.args), values(node.kwargs))
 
 
-def _choose(op: Op, node: Node, vals: Mapping[str, Any], target: Arch | None, disable: frozenset[str]) -> tuple[Launch | None, str]:
+def _choose(
+    op: Op, node: Node, vals: Mapping[str, Any], target: Arch | None, disable: frozenset[str]
+) -> tuple[Launch | None, str]:
     device = next(v.device for v in vals.values() if isinstance(v, torch.Tensor))
     try:
         arch = target or Arch.of(device)
@@ -85,7 +87,11 @@ def _choose(op: Op, node: Node, vals: Mapping[str, Any], target: Arch | None, di
 
 def _laid_out_alike(made: Empty, expected: torch.Tensor) -> bool:
     stride = made.stride if made.stride is not None else torch._prims_common.make_contiguous_strides_for(made.shape)
-    return made.dtype == expected.dtype and same_shape(made.shape, expected.shape) and same_shape(stride, expected.stride())
+    return (
+        made.dtype == expected.dtype
+        and same_shape(made.shape, expected.shape)
+        and same_shape(stride, expected.stride())
+    )
 
 
 def _alone(op: Op, node: Node) -> str:

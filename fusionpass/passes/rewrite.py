@@ -9,14 +9,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 
 from ..errors import FusionpassError
-from ..graphs import erase_unused, inherit, insert_outputs, is_view_of_rows, outputs_of, same_shape, source_line, value, values, where
+from ..graphs import (
+    erase_unused,
+    inherit,
+    insert_outputs,
+    is_view_of_rows,
+    outputs_of,
+    same_shape,
+    source_line,
+    value,
+    values,
+    where,
+)
 from ..match import Attempt, Match
 from ..op import OPS, Op, Refusal
 from ..report.trace import GraphTrace, Record, Site
 from ..rule import Fold, Spelling
 
 
-def recognise(graph: Graph, spellings: Iterable[Spelling], trace: GraphTrace, disable: frozenset[str] = frozenset()) -> None:
+def recognise(
+    graph: Graph, spellings: Iterable[Spelling], trace: GraphTrace, disable: frozenset[str] = frozenset()
+) -> None:
     """Replace each spelling by its op, in place; record the refused and the missed."""
     spellings = list(spellings)
     for anchor in list(graph.nodes):
@@ -187,7 +200,9 @@ def _fold(graph: Graph, fold: Fold, path: list[Node], disable: frozenset[str]) -
     above, below = _site(producer), _site(consumer)
     named = above if own else below
     fused.meta = inherit(producer if own else consumer, results if not fold.fused.single else results[0])
-    fused.meta["fusionpass"] = Site((*above.rules, *below.rules, fold.name) if own else (*below.rules, fold.name), named.where, named.source)
+    fused.meta["fusionpass"] = Site(
+        (*above.rules, *below.rules, fold.name) if own else (*below.rules, fold.name), named.where, named.source
+    )
     by_name = dict(zip(names, insert_outputs(graph, fused, results), strict=True))
     for output, node in kept.items():
         node.replace_all_uses_with(by_name[output], delete_user_cb=lambda user: user not in path)

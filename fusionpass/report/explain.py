@@ -1,7 +1,9 @@
 """explain: what would fuse, from a trace alone."""
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +33,9 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
         A report with one graph per graph of Dynamo's; nothing is generated, so `kernels` is 0.
     """
     options = Config.make(config)
-    report = Report(type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", "function"))
+    report = Report(
+        type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", "function")
+    )
     device = _device(options.target)
 
     def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -53,8 +57,32 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
         if isinstance(traced, torch.nn.Module) and device is not None:
             _move(traced, device)
         fake_args, fake_kwargs = tree_map_only(torch.Tensor, lambda t: _fake(mode, t, device), (args, kwargs))
-        torch.compile(traced, backend=backend, dynamic=False)(*fake_args, **fake_kwargs)
+        with _dynamo_cache_untouched() as options_of_compile:
+            torch.compile(traced, backend=backend, dynamic=False, **options_of_compile)(*fake_args, **fake_kwargs)
     return report
+
+
+@contextlib.contextmanager
+def _dynamo_cache_untouched() -> Iterator[dict[str, Any]]:
+    """Options for `torch.compile` under which a trace does not count towards the recompilations of the traced code.
+
+    Dynamo compiles one code object eight times and then silently runs it eagerly, whoever asked.
+    """
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        yield {"isolate_recompiles": True}
+        return
+    # Before torch 2.14: forget the code, so that a model of the same class that ran compiled compiles once more.
+    from torch._dynamo.convert_frame import register_bytecode_hook
+    from torch._dynamo.eval_frame import reset_code
+
+    traced: list[Any] = []
+    hook = register_bytecode_hook(lambda code, new: traced.append(code))
+    try:
+        yield {}
+    finally:
+        hook.remove()
+        for code in traced:
+            reset_code(code)
 
 
 def _device(target: Arch | None) -> torch.device | None:
@@ -69,7 +97,9 @@ def _move(module: torch.nn.Module, device: torch.device) -> None:
     for child in module.modules():
         for name, parameter in child._parameters.items():
             if parameter is not None:
-                new = moved.setdefault(id(parameter), torch.nn.Parameter(parameter.detach().to(device), requires_grad=False))
+                new = moved.setdefault(
+                    id(parameter), torch.nn.Parameter(parameter.detach().to(device), requires_grad=False)
+                )
                 child._parameters[name] = new  # type: ignore[assignment]
         for name, buffer in child._buffers.items():
             if buffer is not None:

@@ -1,6 +1,8 @@
 """The one printer: a graph as readable Python, for dumps, golden tests, errors and docs."""
 
+import math
 from collections.abc import Mapping
+from operator import getitem
 from typing import Any
 
 import torch
@@ -23,8 +25,17 @@ def show(graph: Graph, rename: bool = False) -> str:
     names = {n: f"v{i}" if rename else n.name for i, n in enumerate(graph.nodes)}
     inputs = [n for n in graph.nodes if n.op in ("placeholder", "get_attr")]
     rows = [(f"{names[n]},", _describe(n)) for n in inputs]
-    head = ["import torch", "from operator import getitem", "", "aten, prims = torch.ops.aten, torch.ops.prims", "", "", "def forward("]
     body = [(f"{names[n]} = {_call(n, names)}", _describe(n)) for n in graph.nodes if n.op == "call_function"]
+    head = [
+        *(f"import {module}" for module in ("math", "operator") if any(f" = {module}." in text for text, _ in body)),
+        "import torch",
+        "from operator import getitem",
+        "",
+        "aten, prims = torch.ops.aten, torch.ops.prims",
+        "",
+        "",
+        "def forward(",
+    ]
     result = [f"    return {_argument(n.args[0], names)}" for n in graph.find_nodes(op="output")]
     return "\n".join([*head, *_commented(rows), "):", *_commented(body), *result, ""])
 
@@ -41,7 +52,11 @@ def _type(val: Any) -> str:
     if isinstance(val, torch.Tensor):
         shape = ", ".join(map(str, val.shape))
         dense = torch._prims_common.make_contiguous_strides_for(val.shape)
-        strides = "" if tuple(map(str, val.stride())) == tuple(map(str, dense)) else f" strides ({', '.join(map(str, val.stride()))})"
+        strides = (
+            ""
+            if tuple(map(str, val.stride())) == tuple(map(str, dense))
+            else f" strides ({', '.join(map(str, val.stride()))})"
+        )
         return f"{_SHORT.get(val.dtype, str(val.dtype))}[{shape}]{strides}"
     if isinstance(val, list | tuple):
         return ", ".join(_type(v) for v in val)
@@ -49,6 +64,8 @@ def _type(val: Any) -> str:
 
 
 def _call(node: Node, names: Mapping[Node, str]) -> str:
+    if node.target is getitem:
+        return f"{_argument(node.args[0], names)}[{_argument(node.args[1], names)}]"
     args = [_argument(a, names) for a in node.args] + [f"{k}={_argument(v, names)}" for k, v in node.kwargs.items()]
     return f"{_target(node.target)}({', '.join(args)})"
 
@@ -57,7 +74,11 @@ def _target(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         name = str(target)
         return name if name.startswith(("aten.", "prims.")) else f"torch.ops.{name}"
-    return getattr(target, "__name__", str(target))
+    name = getattr(target, "__name__", str(target))
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"torch.ops.higher_order.{name}"
+    module = getattr(target, "__module__", "").removeprefix("_")
+    return f"{module}.{name}" if module in ("operator", "math", "torch") else name
 
 
 def _argument(value: Any, names: Mapping[Node, str]) -> str:
@@ -69,4 +90,6 @@ def _argument(value: Any, names: Mapping[Node, str]) -> str:
         return f"({', '.join(_argument(v, names) for v in value)}{',' if len(value) == 1 else ''})"
     if isinstance(value, torch.device):
         return f"torch.device({str(value)!r})"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
     return repr(value)

@@ -121,9 +121,7 @@ class Report:
 
     def count(self, op: str, scheme: str | None = None, rule: str | None = None) -> int:
         """How many sites run `op`, optionally only those of one scheme or made by one rule."""
-        return sum(
-            r.op == op and scheme in (None, r.scheme) and (rule is None or rule in r.rules) for r in self.fused
-        )
+        return sum(r.op == op and scheme in (None, r.scheme) and (rule is None or rule in r.rules) for r in self.fused)
 
     def _merged(self, kind: str) -> list[Record]:
         sites: dict[tuple[Any, ...], list[int]] = {}
@@ -137,7 +135,10 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         kinds = {kind: [dataclasses.asdict(r) for r in getattr(self, kind)] for kind in ("fused", "refused", "missed")}
-        graphs = [{"index": g.index, "kernels": g.kernels, "graph_break": g.graph_break, "skipped": g.skipped} for g in self.graphs]
+        graphs = [
+            {"index": g.index, "kernels": g.kernels, "graph_break": g.graph_break, "skipped": g.skipped}
+            for g in self.graphs
+        ]
         return {"title": self.title, "kernels": self.kernels, "graphs": graphs, **kinds}
 
     def __str__(self) -> str:
@@ -147,7 +148,9 @@ class Report:
             f"{len(self.graphs)} graphs, {self.kernels} kernels"
         ]
         counts = collections.Counter((r.op, r.scheme, r.backend) for r in fused)
-        lines += [f"  {n:4} x {op}{f' {scheme}' if scheme else ''} ({backend})" for (op, scheme, backend), n in counts.items()]
+        lines += [
+            f"  {n:4} x {op}{f' {scheme}' if scheme else ''} ({backend})" for (op, scheme, backend), n in counts.items()
+        ]
         lines += [f"  graph break: {reason}" for reason in self.graph_breaks]
         lines += [f"  graph {g.index} left alone: {g.skipped}" for g in self.graphs if g.skipped]
         for title, records in (("refused", refused), ("missed", missed)):

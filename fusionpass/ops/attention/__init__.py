@@ -10,7 +10,7 @@ def view_heads(x: torch.Tensor, head_dim: int, arch: Arch | None = None) -> torc
     """Split the last dimension into heads, as a QK-norm wants its input.
 
     On CUDA and the CPU the result is a view that keeps the strides of `x`, so a slice of a packed QKV row is not
-    copied: [..., heads * head_dim] → [..., heads, head_dim]. On ROCm it is `reshape(-1, head_dim)`, which copies a
+    copied: [..., heads * head_dim] → [..., heads, head_dim]. On ROCm it is `reshape(-1, head_dim)`, and a copy of a
     strided slice, since kernels there assume contiguous rows: → [rows * heads, head_dim].
 
     Args:
@@ -26,9 +26,14 @@ def view_heads(x: torch.Tensor, head_dim: int, arch: Arch | None = None) -> torc
 
     Source: SGLang's pull request 23227, where the view without its gate faulted on AMD GPUs.
     """
-    if head_dim < 1 or x.shape[-1] % head_dim:
-        raise ArgumentError(f"the last dimension {x.shape[-1]} is not a multiple of head_dim {head_dim}", "view_heads")
+    if x.dim() == 0 or head_dim < 1 or x.shape[-1] % head_dim:
+        raise ArgumentError(
+            f"x has shape {tuple(x.shape)}, whose last dimension is not a multiple of head_dim {head_dim}",
+            "view_heads",
+            "Pass [..., heads * head_dim]",
+        )
     target = arch or Arch.of(x.device)
     if target.copies_strided_heads:
-        return x.reshape(-1, head_dim)
+        # A slice of one head reshapes without a copy, and is strided still.
+        return x.reshape(-1, head_dim).contiguous()
     return x.unflatten(-1, (-1, head_dim))

@@ -64,6 +64,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.
         raise ArgumentError(
             f"x and weight have dtypes {x.dtype} and {weight.dtype}", "rms_norm", "Both must be floating point"
         )
+    if x.dim() == 0:
+        raise ArgumentError("x has no dimensions", "rms_norm", "Pass [..., width]")
     if weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
         raise ArgumentError(
             f"weight has shape {tuple(weight.shape)}, x has width {x.shape[-1]}",

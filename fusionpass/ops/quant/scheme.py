@@ -43,7 +43,7 @@ class Scheme:
     def __str__(self) -> str:
         for name, known in SCHEMES.items():
             changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(known, f.name)]
-            if all(f.name in _OVERRIDES for f in changed):
+            if all(getattr(self, f.name) in _OVERRIDES.get(f.name, {}).values() for f in changed):
                 return ",".join([name, *(f"{f.name}={_text(getattr(self, f.name))}" for f in changed)])
         raise SchemeError(f"{self!r} has no name", "Scheme")
 

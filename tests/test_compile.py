@@ -1,0 +1,315 @@
+"""fusionpass.compile on a CPU: eager and compiled give the same numbers; what it leaves alone; its manners."""
+
+import copy
+import threading
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._inductor import config as inductor_config
+
+import fusionpass
+from fusionpass.errors import ConfigError, NotCompiledError
+from fusionpass.testing import ulp_distance
+from tests.models import FP8, Block, LlamaNorm, static
+
+EXACT = torch.__version__ >= "2.13"
+"""From 2.13 Inductor's C++ code rounds where eager mode does when asked to; 2.11's does not."""
+
+
+def assert_same(eager: Any, compiled: Any, exact: bool) -> None:
+    """Equal bit for bit; else within one step of the dtype, in at most 5 % of the elements."""
+    for a, b in zip(torch.utils._pytree.tree_leaves(eager), torch.utils._pytree.tree_leaves(compiled), strict=True):
+        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+        if exact:
+            assert torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+        elif a.numel():
+            distance = ulp_distance(a, b)
+            assert distance.max() <= 1
+            assert (distance > 0).float().mean() <= 0.05
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "tokens": draw(st.integers(0, 9)),
+        "width": draw(st.sampled_from([1, 16, 31, 64, 96, 257])),
+        "dtype": draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32])),
+        "weight_dtype": draw(st.sampled_from([torch.bfloat16, torch.float32])),
+        "eps": draw(st.sampled_from([0.0, 1e-6, 1e-5, 0.1])),
+        "scale": draw(st.sampled_from([1e-3, 0.02, 0.5, 7.0])),
+        "scale_shape": draw(st.sampled_from([(), (1,)])),
+        "strided": draw(st.booleans()),
+        "residual": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+class Site(torch.nn.Module):
+    """One norm in front of a quantisation, with or without a residual."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        super().__init__()
+        self.norm = LlamaNorm(case["width"], case["eps"], case["weight_dtype"])
+        scale = torch.full(case["scale_shape"], case["scale"])
+        self.scale = torch.nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> Any:
+        if residual is None:
+            return static(self.norm(x), self.scale)
+        total = x + residual
+        return static(self.norm(total), self.scale), total
+
+
+def inputs(case: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    torch.manual_seed(case["seed"])
+    columns = case["width"] * (3 if case["strided"] else 1)
+    x = (torch.randn(case["tokens"], columns) * 3).to(case["dtype"])[:, : case["width"]]
+    return x, torch.randn(x.shape).to(case["dtype"]) if case["residual"] else None
+
+
+@pytest.mark.slow
+@settings(max_examples=25)
+@given(cases())
+def test_eager_and_compiled_agree(case: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(case["seed"])
+    model = Site(case)
+    args = inputs(case)
+    with torch.no_grad():
+        expected = model(*args)
+        got = fusionpass.compile(model, numerics="eager")(*args)
+    assert_same(expected, got, EXACT)
+    if case["tokens"]:
+        report = fusionpass.report(model)
+        mixed = {case["dtype"], case["weight_dtype"]} == {torch.float16, torch.bfloat16}
+        wanted = "add_rms_norm_quantize" if case["residual"] else "rms_norm_quantize"
+        assert report.count(wanted, scheme="fp8_static") == (not mixed), str(report)
+
+
+def test_fast_numerics_stay_within_a_step() -> None:
+    model = Block(96)
+    x, r = torch.randn(2, 33, 96, dtype=torch.bfloat16), torch.randn(2, 33, 96, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = model(x, r)
+        got = fusionpass.compile(model)(x, r)
+    codes = [[t.view(FP8) for t in out[0][:1]] for out in (expected, got)]
+    assert_same(codes[0], codes[1], exact=False)
+    assert_same(expected[1], got[1], exact=True)
+
+
+def test_modules_are_compiled_in_place() -> None:
+    model = Block(32)
+    keys, parameters = list(model.state_dict()), [id(p) for p in model.parameters()]
+    assert fusionpass.compile(model) is model
+    assert isinstance(model, Block)
+    assert list(model.state_dict()) == keys
+    assert [id(p) for p in model.parameters()] == parameters
+    x = torch.randn(4, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model(x, x)
+    assert fusionpass.report(model).count("add_rms_norm_quantize") == 1
+    assert fusionpass.report(model).fused[0].where == "norm"
+    assert isinstance(copy.deepcopy(model), Block)
+
+
+def test_functions_come_back_compiled() -> None:
+    norm = LlamaNorm(32)
+    scale = torch.tensor(0.1)
+    x = torch.randn(4, 32, dtype=torch.bfloat16)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return static(norm(x), scale)
+
+    compiled = fusionpass.compile(function, numerics="eager")
+    assert compiled is not function
+    assert_same(function(x), compiled(x), EXACT)
+    assert fusionpass.report(compiled).count("rms_norm_quantize") == 1
+
+
+def test_the_backend_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    norm = LlamaNorm(32)
+    x = torch.randn(4, 32, dtype=torch.bfloat16)
+    compiled = torch.compile(norm, backend=fusionpass.dynamo_backend, options={"numerics": "eager"})
+    with caplog.at_level("INFO", logger="fusionpass"):
+        assert_same(norm(x), compiled(x), EXACT)
+    assert "1 x rms_norm" in caplog.text
+    broken = torch.compile(norm, backend=fusionpass.dynamo_backend, options={"numeric": "eager"})
+    with pytest.raises(Exception, match="Did you mean 'numerics'"):
+        broken(torch.randn(5, 32))
+
+
+def test_state_belongs_to_one_call() -> None:
+    a, b = Block(32), Block(32)
+    fusionpass.compile(a)
+    fusionpass.compile(b, disable={"norm.add_quantize"})
+    x = torch.randn(4, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        a(x, x), b(x, x)
+    assert fusionpass.report(a).count("add_rms_norm_quantize") == 1
+    assert fusionpass.report(b).count("add_rms_norm_quantize") == 0
+    assert fusionpass.report(b).refused[0].reason == "norm.add_quantize is disabled by Config.disable"
+
+
+def test_the_users_options_stay() -> None:
+    seen = []
+
+    class Pass(torch._inductor.custom_graph_pass.CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            seen.append(len(graph.nodes))
+
+        def uuid(self) -> str:
+            return "mine"
+
+    def options() -> dict[str, Any]:
+        return {k: v for k, v in inductor_config.get_config_copy().items() if k != "joint_custom_pre_pass"}
+
+    mine = Pass()
+    with inductor_config.patch(joint_custom_pre_pass=mine):
+        before = options()
+        model = fusionpass.compile(Block(48), numerics="eager")
+        with torch.no_grad():
+            model(torch.randn(4, 48, dtype=torch.bfloat16), torch.randn(4, 48, dtype=torch.bfloat16))
+        assert options() == before
+        assert inductor_config.joint_custom_pre_pass is mine
+    assert seen, "the user's own pass still runs"
+    assert fusionpass.report(model).count("add_rms_norm_quantize") == 1
+
+
+def test_a_warm_cache_still_yields_a_report() -> None:
+    x = torch.randn(4, 80, dtype=torch.bfloat16)
+    counts = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        model = fusionpass.compile(Block(80))
+        with torch.no_grad():
+            model(x, x)
+        report = fusionpass.report(model)
+        counts.append((report.count("add_rms_norm_quantize"), report.kernels))
+    assert counts[0] == counts[1]
+    assert counts[0][0] == 1
+
+
+def test_graph_breaks_are_told() -> None:
+    class Broken(Block):
+        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Any:
+            out = super().forward(x, residual)
+            torch._dynamo.graph_break()
+            return out[1] + 1
+
+    model = fusionpass.compile(Broken(32))
+    x = torch.randn(4, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = x + x + 1
+        assert torch.equal(model(x, x), expected)
+    report = fusionpass.report(model)
+    assert len(report.graphs) == 2
+    assert report.graph_breaks
+    assert "graph break" in str(report)
+    assert report.count("add_rms_norm_quantize") == 1
+
+
+def test_training_graphs_are_left_alone() -> None:
+    norm = LlamaNorm(32)
+    norm.weight.requires_grad_(True)
+    model = fusionpass.compile(norm)
+    model(torch.randn(4, 32, dtype=torch.bfloat16)).sum().backward()
+    assert norm.weight.grad is not None
+    report = fusionpass.report(model)
+    assert not report.fused
+    assert "it has a backward" in report.graphs[0].skipped
+    assert "left alone" in str(report)
+
+
+@pytest.mark.parametrize("on_miss", ["ignore", "warn", "error"])
+def test_on_miss(on_miss: str) -> None:
+    def cubed(x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True) + 1e-5)
+
+    compiled = fusionpass.compile(cubed, on_miss=on_miss)
+    x = torch.rand(4, 8)
+    if on_miss == "error":
+        with pytest.raises(Exception, match="1 sites did not fuse"):
+            compiled(x)
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled(x)
+    assert any("did not fuse" in str(w.message) for w in caught) == (on_miss == "warn")
+    assert len(fusionpass.report(compiled).missed) == 1
+
+
+def test_mutation_in_between_is_respected() -> None:
+    norm = LlamaNorm(32)
+
+    def function(x: torch.Tensor, residual: torch.Tensor, scale: torch.Tensor) -> Any:
+        total = x + residual
+        residual.mul_(2)
+        total.add_(residual)
+        codes = static(norm(total), scale)
+        scale.fill_(3.0)
+        return codes, total
+
+    args = [torch.randn(4, 32, dtype=torch.bfloat16), torch.randn(4, 32, dtype=torch.bfloat16), torch.tensor(0.5)]
+    eager, compiled = [a.clone() for a in args], [a.clone() for a in args]
+    expected = function(*eager)
+    got = fusionpass.compile(function, numerics="eager")(*compiled)
+    assert_same(expected, got, EXACT)
+    assert_same(eager, compiled, EXACT)
+
+
+def test_equal_outputs_stay_apart() -> None:
+    def function(x: torch.Tensor) -> Any:
+        return x + 1, x + 1
+
+    a, b = fusionpass.compile(function)(torch.zeros(4))
+    a.add_(1)
+    assert torch.equal(b, torch.ones(4))
+
+
+def test_dynamic_shapes_compile_once() -> None:
+    model = fusionpass.compile(Block(32), numerics="eager")
+    eager = copy.deepcopy(model)
+    with torch.no_grad():
+        for tokens in (4, 5, 6, 17):
+            x = torch.randn(tokens, 32, dtype=torch.bfloat16)
+            torch._dynamo.mark_dynamic(x, 0)
+            assert_same(eager(x, x), model(x, x), EXACT)
+    assert len(fusionpass.report(model).graphs) == 1
+
+
+def test_threads_share_nothing() -> None:
+    models = [fusionpass.compile(Block(16 * (i + 1))) for i in range(3)]
+    errors: list[BaseException] = []
+
+    def run(model: Block, width: int) -> None:
+        try:
+            x = torch.randn(4, width, dtype=torch.bfloat16)
+            with torch.no_grad():
+                model(x, x)
+        except BaseException as error:  # noqa: BLE001
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(m, 16 * (i + 1))) for i, m in enumerate(models)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert [fusionpass.report(m).count("add_rms_norm_quantize") for m in models] == [1, 1, 1]
+
+
+def test_mistakes() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'numerics'"):
+        fusionpass.compile(Block(16), numeric="eager")
+    with pytest.raises(ConfigError, match="neither a module nor a function"):
+        fusionpass.compile(3)
+    model = Block(16)
+    with pytest.raises(ConfigError):
+        fusionpass.compile(model, numerics="exact")
+    assert model._compiled_call_impl is None, "the model is as it was"
+    with pytest.raises(NotCompiledError, match="Call fusionpass.compile"):
+        fusionpass.report(model)

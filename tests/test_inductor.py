@@ -1,0 +1,163 @@
+"""What we rely on in Inductor's internals, seen in the code that it generates for a faked GPU. Nothing is launched.
+
+When a torch release moves one of these, a test here names it.
+"""
+
+import ast
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fusionpass
+from fusionpass.arch import Arch
+from fusionpass.compile import Session
+from fusionpass.config import Config
+from fusionpass.inductor import kernels_in, package_digest
+from tests.models import LlamaNorm, static
+
+pytest.importorskip("triton")
+from tests.fake_gpu import codegen
+
+WIDTH = 1024
+
+
+def llama(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    h = x.float()
+    return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def layers(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, matrix: torch.Tensor) -> Any:
+    """Two rounds of add + norm + quantise + FP8 GEMM, as a stack of layers chains them."""
+    for _ in range(2):
+        residual = x + residual
+        codes = static(llama(residual, weight), scale)
+        x = torch._scaled_mm(codes, matrix, scale, scale, out_dtype=torch.bfloat16)
+    return x, residual
+
+
+def arguments(tokens: int = 48, dynamic: bool = False, columns: int = WIDTH) -> tuple[torch.Tensor, ...]:
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+    x, residual = empty(tokens, columns)[:, :WIDTH], empty(tokens, WIDTH)
+    if dynamic:
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(residual, 0)
+    matrix = empty(WIDTH, WIDTH, dtype=torch.float8_e4m3fn).t()
+    return x, residual, empty(WIDTH), empty(dtype=torch.float32), matrix
+
+
+def generated(arch: str, make: Callable[[], Any] = arguments, function: Callable[..., Any] = layers, **options: Any) -> tuple[str, Session]:
+    session = Session(Config(target=Arch(arch), **options))
+    (source,) = codegen(function, make, arch, session)
+    ast.parse(source)
+    return source, session
+
+
+def call_of(source: str) -> str:
+    return source[source.index("def call(") : source.index("runner = ") if "runner = " in source else None]
+
+
+def test_one_kernel_per_site_launched_from_the_wrapper() -> None:
+    source, session = generated("sm_90")
+    assert session.report.count("add_rms_norm_quantize") == 2
+    assert {r.backend for r in session.report.fused} == {"triton"}
+    assert kernels_in(source) == 2, "one launch a layer; the GEMMs are library calls"
+    call = call_of(source)
+    assert "torch.ops.fusionpass" not in call, "no operator dispatch at run time"
+    assert not re.search(r"\bclone\b|\bcopy_\(", call), "outputs are written in place, nothing is cloned"
+    assert len(re.findall(r"empty_strided_cuda\(", call)) <= 6
+
+
+def test_a_symbolic_token_count_stays_one_kernel() -> None:
+    source, session = generated("sm_90", lambda: arguments(dynamic=True))
+    assert session.report.count("add_rms_norm_quantize") == 2
+    assert kernels_in(source) == 2
+    assert re.search(r"\.run\(.*\bs\d+", call_of(source)), "the grid follows the symbol"
+
+
+def test_a_strided_input_is_read_where_it_is() -> None:
+    source, session = generated("sm_90", lambda: arguments(columns=3 * WIDTH))
+    assert {r.backend for r in session.report.fused} == {"triton"}
+    assert kernels_in(source) == 2, "no copy in front"
+
+
+def test_programmatic_dependent_launch_reaches_the_kernel() -> None:
+    source, session = generated("sm_90", lambda: arguments(tokens=1))
+    planned = session.report.count("add_rms_norm_quantize")
+    assert planned == 2
+    asked = "gdc_wait" in source
+    assert asked == ("'launch_pdl': True" in source), "a kernel that waits is launched with PDL, and no other"
+
+
+def test_launches_of_one_kernel_keep_their_own_options() -> None:
+    """Inductor shares a definition between launches with equal arguments; warps and PDL are not among them."""
+    triton = pytest.importorskip("triton")
+    from fusionpass.launch import Empty, Launch
+    from tests.twin import copy_kernel
+
+    def sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, Any]:
+        return {"x": torch.zeros(tokens, width, dtype=dtype, device=device)}
+
+    if not hasattr(torch.ops.fusionpass_test, "twin"):
+
+        @fusionpass.op(outputs=("y",), sample=sample, namespace="fusionpass_test")
+        def twin(x: torch.Tensor, warps: int) -> torch.Tensor:
+            """A copy."""
+            return x.clone()
+
+        def plan(arch: Arch, x: torch.Tensor, warps: int) -> Launch:
+            args = {"x": x, "y": Empty(tuple(x.shape), x.dtype), "N": 1024, "BLOCK": triton.next_power_of_2(1024)}
+            return Launch(copy_kernel, (1,), args, ("y",), num_warps=warps, pdl=warps == 8)
+
+        twin.backends.append(fusionpass.Backend("triton", plan))
+
+    def function(x: torch.Tensor) -> Any:
+        y = torch.ops.fusionpass_test.twin(x, 4)
+        return torch.ops.fusionpass_test.twin(y, 8)
+
+    source, _ = generated("sm_90", lambda: (torch.empty(1024, device="cuda"),), function)
+    assert sorted(re.findall(r"configs=\[\{'num_warps': (\d)", source)) == ["4", "8"]
+    assert source.count("'launch_pdl': True") == 1
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_disabled_kernels_become_inductors_own(arch: str) -> None:
+    source, session = generated(arch, disable=frozenset({"triton"}))
+    assert {r.backend for r in session.report.fused} == {"inductor"}
+    assert all("triton: disabled" in r.reason for r in session.report.fused)
+    assert kernels_in(source) == 2, "Inductor fuses the whole chain into one kernel of its own"
+
+
+def test_rocm_has_its_own_reasons() -> None:
+    _, session = generated("gfx942")
+    assert session.report.count("add_rms_norm_quantize") == 2
+    assert {r.backend for r in session.report.fused} == {"inductor"}
+    assert all("e4m3fn" in r.reason for r in session.report.fused), "gfx942 converts e4m3fnuz, not e4m3fn"
+
+
+def test_without_the_package_it_takes_as_many_kernels_or_more() -> None:
+    (plain,) = codegen(layers, arguments, "sm_90")
+    ours, _ = generated("sm_90")
+    assert kernels_in(ours) <= kernels_in(plain)
+
+
+def test_an_op_called_by_the_model_is_lowered_too() -> None:
+    norm = LlamaNorm(WIDTH).weight.detach()
+
+    def function(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return fusionpass.ops.rms_norm(x, weight, 1e-6)
+
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty(4, WIDTH, dtype=torch.bfloat16, device="cuda"), norm.to("cuda")
+
+    source, session = generated("sm_90", make, function)
+    assert session.report.count("rms_norm") == 1
+    assert kernels_in(source) == 1
+
+
+def test_the_digest_follows_the_sources() -> None:
+    assert re.fullmatch(r"[0-9a-f]{64}", package_digest())
