@@ -15,6 +15,7 @@ from .rule import Fold, Spelling
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "EXACT", "Arch", "Backend", "Config", "Fold", "FusionpassError", "Op", "Record", "Refusal", "Report", "Spelling", "Tolerance",
+    "EXACT", "Arch", "Backend", "Config", "Fold", "FusionpassError", "Op", "Record", "Refusal", "Report", "Spelling",
+    "Tolerance",
     "compile", "dump", "dynamo_backend", "explain", "op", "ops", "quantize_", "report",
 ]  # fmt: skip

@@ -31,14 +31,17 @@ class Arch:
 
     @property
     def is_cpu(self) -> bool:
+        """A CPU, whatever its instruction set."""
         return self.name == "cpu"
 
     @property
     def is_cuda(self) -> bool:
+        """An NVIDIA GPU."""
         return self.name.startswith("sm_")
 
     @property
     def is_rocm(self) -> bool:
+        """An AMD GPU."""
         return self.name.startswith("gfx")
 
     @property
@@ -48,6 +51,7 @@ class Arch:
 
     @property
     def warp_size(self) -> int:
+        """Threads per warp, or per wavefront on AMD."""
         return 64 if self.is_rocm else 32
 
     @property

@@ -94,7 +94,7 @@ def compile(model: F, config: Config | None = None, **overrides: Any) -> F:
     session = Session(made, getattr(model, "__name__", type(model).__name__))
     compiled = torch.compile(model, backend=session)
     _SESSIONS[compiled] = session
-    return compiled  # type: ignore[no-any-return]
+    return compiled  # type: ignore[return-value]
 
 
 def report(model: Any) -> Report:

@@ -24,7 +24,8 @@ class Config:
     """Options of one `compile` call. Immutable; state never lives here.
 
     Args:
-        disable: names of rules ("norm.llama"), ops ("add_rms_norm"), passes ("fuse") or backends ("triton") to leave out.
+        disable: names of rules ("norm.llama"), ops ("add_rms_norm"), passes ("fuse") or backends ("triton") to leave
+            out.
         numerics: "eager" keeps every intermediate rounding of eager mode; "fast" lets Inductor drop those that it
             drops by default (it keeps float32 between operators).
         cuda_graphs: "off", or "auto", which is "off" in this release: piecewise and full capture are not there yet.
@@ -86,7 +87,7 @@ def _can_be_disabled() -> set[str]:
     from .op import OPS
     from .rules import FOLDS, SPELLINGS
 
-    rules = {rule.name for rule in (*SPELLINGS, *FOLDS)}
+    rules = {spelling.name for spelling in SPELLINGS} | {fold.name for fold in FOLDS}
     backends = {backend.name for op in OPS.values() for backend in op.backends}
     return {*_PASSES, *rules, *backends, *(op.name for op in OPS.values())}
 

@@ -97,7 +97,7 @@ def erase_unused(graph: Graph, node: Node) -> None:
 
 def inherit(node: Node, val: Any, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Metadata for a node that replaces `node`: where it came from stays, what it stands for is `val`."""
-    kept = {
+    kept: dict[str, Any] = {
         k: node.meta[k]
         for k in ("nn_module_stack", "stack_trace", "original_aten", "source_fn_stack")
         if k in node.meta

@@ -22,7 +22,7 @@ from .report.trace import GraphTrace
 GraphPass = Callable[[Graph], None]
 
 
-class _JointPass(CustomGraphPass):  # type: ignore[misc]
+class _JointPass(CustomGraphPass):
     """Our early passes at `joint_custom_pre_pass`, behind whatever the user had set there."""
 
     def __init__(self, early: GraphPass, before: Any, key: Any) -> None:
@@ -82,14 +82,13 @@ def compile_graph(
     register_lowerings()
     # AOTAutograd's own cache would skip our passes, and with them the report.
     with inductor_config.patch(patches), functorch_config.patch(enable_autograd_cache=False):
-        compiled: Callable[..., Any] = compile_fx(gm, list(inputs), inner_compile=inner)
-    return compiled
+        return compile_fx(gm, list(inputs), inner_compile=inner)  # type: ignore[return-value]
 
 
 def trace_graph(gm: GraphModule, inputs: Sequence[Any], run: GraphPass) -> Callable[..., Any]:
     """Take one of Dynamo's graphs to the aten graph that Inductor would see, run `run` on it, and generate no code."""
     from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._functorch.aot_autograd import make_boxed_func  # type: ignore[attr-defined]
     from torch._inductor.decomposition import select_decomp_table
 
     def traced(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Any:
@@ -179,15 +178,15 @@ def _known_writes(names: Sequence[str]) -> Iterator[None]:
         from torch._inductor.dependencies import ReadWrites, StarDep
         from torch.utils._ordered_set import OrderedSet
 
-        writes = OrderedSet([StarDep(name) for name in names])
+        writes: Any = OrderedSet([StarDep(name) for name in names])
         empty: Any = OrderedSet()
         accesses = triton_kernel_wrap.TensorAccesses(
             read_writes=ReadWrites(empty, writes, empty, None, None), can_fuse_epilogue=False
         )
-        with mock.patch.object(triton_kernel_wrap, "identify_accessed_tensors", lambda *a, **k: accesses):
+        with mock.patch.object(triton_kernel_wrap, "identify_accessed_tensors", return_value=accesses):
             yield
     else:
-        with mock.patch.object(triton_kernel_wrap, "identify_mutated_tensors", lambda *a, **k: list(names)):
+        with mock.patch.object(triton_kernel_wrap, "identify_mutated_tensors", return_value=list(names)):
             yield
 
 
@@ -195,13 +194,18 @@ def _known_writes(names: Sequence[str]) -> Iterator[None]:
 def _launch_kernel_class() -> type:
     from torch._inductor import ir
 
-    class LaunchKernel(ir.UserDefinedTritonKernel):  # type: ignore[misc]
+    class LaunchKernel(ir.UserDefinedTritonKernel):
         """A planned launch in Inductor's schedule: the wrapper calls the kernel itself, no operator dispatch."""
 
         def __init__(self, launch: Launch, arguments: dict[str, Any]) -> None:
             self.launch = launch
             grid = [tuple(_expression(size) for size in (*launch.grid, 1, 1)[:3])]
-            options = {"kernel_idx": -1, "grid": grid, "tma_descriptor_metadata": {}, "kernel_args": arguments}
+            options: dict[str, Any] = {
+                "kernel_idx": -1,
+                "grid": grid,
+                "tma_descriptor_metadata": {},
+                "kernel_args": arguments,
+            }
             if "launch_kwargs" in ir.UserDefinedTritonKernel.__init__.__annotations__:
                 options["launch_kwargs"] = ()
             super().__init__(**options)
@@ -213,7 +217,7 @@ def _launch_kernel_class() -> type:
             return self.launch.kernel, [config], [], []
 
         def codegen(self, wrapper: Any) -> None:
-            # Inductor shares one definition between launches whose arguments agree; ours may differ in warps or PDL too.
+            # Inductor shares a definition between launches whose arguments agree; ours may differ in warps or PDL too.
             self.kwargs["launch options"] = str(self.launch.options())
             try:
                 self._define_and_call(wrapper)

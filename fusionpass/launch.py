@@ -1,4 +1,4 @@
-"""A kernel launch as data: run eagerly, written into Inductor's wrapper, or compiled ahead of time, from one description."""
+"""A kernel launch as data: run eagerly, written into Inductor's wrapper, or compiled ahead of time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,6 +16,7 @@ class Empty:
     stride: tuple[Any, ...] | None = None
 
     def new(self, device: torch.device) -> torch.Tensor:
+        """The buffer, uninitialised."""
         if self.stride is None:
             return torch.empty(self.shape, dtype=self.dtype, device=device)
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
@@ -46,6 +47,7 @@ class Launch:
 
     @property
     def device(self) -> torch.device:
+        """Where the inputs live."""
         return next(v.device for v in self.args.values() if isinstance(v, torch.Tensor))
 
     def options(self) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Attempt:
     reason: str = ""
 
     def fail(self, matched: int, node: Node, reason: str) -> None:
+        """Note a failure at `node` after `matched` nodes, if none got further."""
         if matched >= self.matched:
             self.matched, self.node, self.reason = matched, node, reason
 
@@ -97,7 +98,7 @@ class Pattern:
         """Whether `node` could be the anchor."""
         if node.target is not self.anchor.target:
             return False
-        return self.anchor.target is not CAST or node.args[1] == self.anchor.args[1]
+        return self.anchor.target is not CAST or bool(node.args[1] == self.anchor.args[1])
 
     def search(self, anchor: Node) -> Match | Attempt:
         """The match around `anchor`, or how far the search got."""
@@ -138,9 +139,8 @@ class Pattern:
             if state.nodes[p] is g:
                 yield state
             elif isinstance(g, Node):
-                attempt.fail(
-                    _count(state) - 1, g, f"expected {state.nodes[p].name} here, since the spelling reads one value twice"
-                )
+                reason = f"expected {state.nodes[p].name} here, since the spelling reads one value twice"
+                attempt.fail(_count(state) - 1, g, reason)
             return
         if not isinstance(g, Node):
             return

@@ -95,6 +95,7 @@ class Op:
         return f"{self.namespace}.{self.name}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the op: a kernel where one is planned for the tensors' device, else the reference; one result is bare."""
         results = self.overload(*args, **kwargs)
         return results if self.single or len(results) > 1 else results[0]
 

@@ -82,13 +82,13 @@ class Spelling:
 
 def _anchor(graph: Graph) -> Node:
     """The node that a search starts from: the rarest in a model's graph."""
-    nodes = [n for n in graph.nodes if n.op == "call_function"]
+    nodes: list[Node] = [n for n in graph.nodes if n.op == "call_function"]
     for target in _ANCHORS:
         for node in nodes:
             if node.target is target:
                 return node
     for node in reversed(nodes):
-        if node.target is CAST and node.args[1].itemsize == 1:
+        if node.target is CAST and node.args[1].itemsize == 1:  # type: ignore[union-attr]
             return node
     return nodes[-1]
 

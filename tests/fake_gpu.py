@@ -57,9 +57,11 @@ def fake_gpu(arch: str) -> Iterator[None]:
     rocm = arch.startswith("gfx")
     properties = types.SimpleNamespace(
         name=arch, major=capability[0], minor=capability[1], multi_processor_count=units, regs_per_multiprocessor=65536,
-        max_threads_per_multi_processor=threads, max_threads_per_block=1024, warp_size=64 if rocm else 32, total_memory=80 << 30,
-        shared_memory_per_block=49152, shared_memory_per_block_optin=shared, shared_memory_per_multiprocessor=shared,
-        L2_cache_size=50 << 20, gcnArchName=f"{arch}:sramecc+:xnack-" if rocm else "", is_integrated=0,
+        max_threads_per_multi_processor=threads, max_threads_per_block=1024, warp_size=64 if rocm else 32,
+        shared_memory_per_block=49152, shared_memory_per_block_optin=shared,
+        shared_memory_per_multiprocessor=shared,
+        L2_cache_size=50 << 20, total_memory=80 << 30, is_integrated=0,
+        gcnArchName=f"{arch}:sramecc+:xnack-" if rocm else "",
     )  # fmt: skip
     target = GPUTarget("hip", arch, 64) if rocm else GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
     no_block = contextlib.nullcontext
@@ -114,7 +116,7 @@ def fake_gpu(arch: str) -> Iterator[None]:
         yield
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     pass
 
 
@@ -138,7 +140,7 @@ def codegen(
 
     def capture(self: Any) -> Any:
         sources.append(self.codegen()[0].value)
-        raise _Stop
+        raise _StopError
 
     real = compile_fx.compile_fx_inner
 

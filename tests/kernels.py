@@ -48,7 +48,10 @@ def check(op: Op, arch: Arch, arguments: Mapping[str, Any], early: bool = False)
     names = op.outputs(arguments)
     assert len(outputs) == len(names)
     for name, output, want in zip(names, outputs, expected, strict=True):
-        found = difference(output, want)
+        # A wide weight makes the product float32, but the normalised value in it was rounded as x is.
+        narrow = output.dtype == torch.float32 and name == "norm"
+        kind = arguments["x"].dtype if narrow else output.dtype
+        found = difference(output.to(kind), want.to(kind))
         assert found.within(op.tolerance.get(name, EXACT)), f"{name}: {found}"
     compare_with_exact(op, arguments, outputs, expected)
     return outputs

@@ -95,9 +95,13 @@ CASES: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = [
 
 
 @pytest.mark.parametrize(("function", "args"), CASES, ids=[f.__name__ for f, _ in CASES])
-def test_golden(function: Callable[..., Any], args: tuple[torch.Tensor, ...], golden: Callable[[str, str], None]) -> None:
+def test_golden(
+    function: Callable[..., Any], args: tuple[torch.Tensor, ...], golden: Callable[[str, str], None]
+) -> None:
     report = fusionpass.explain(function, *args)
     (graph,) = report.graphs
     snapshots = dict(graph.snapshots)
-    records = [f"# {kind}: {r.op} [{r.rule}] {r.reason}" for kind in ("refused", "missed") for r in getattr(graph, kind)]
+    records = [
+        f"# {kind}: {r.op} [{r.rule}] {r.reason}" for kind in ("refused", "missed") for r in getattr(graph, kind)
+    ]
     golden(function.__name__, "\n".join([snapshots["fuse"], *records, ""]))

@@ -29,7 +29,9 @@ def llama(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
-def layers(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, matrix: torch.Tensor) -> Any:
+def layers(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, matrix: torch.Tensor
+) -> Any:
     """Two rounds of add + norm + quantise + FP8 GEMM, as a stack of layers chains them."""
     for _ in range(2):
         residual = x + residual
@@ -50,7 +52,9 @@ def arguments(tokens: int = 48, dynamic: bool = False, columns: int = WIDTH) -> 
     return x, residual, empty(WIDTH), empty(dtype=torch.float32), matrix
 
 
-def generated(arch: str, make: Callable[[], Any] = arguments, function: Callable[..., Any] = layers, **options: Any) -> tuple[str, Session]:
+def generated(
+    arch: str, make: Callable[[], Any] = arguments, function: Callable[..., Any] = layers, **options: Any
+) -> tuple[str, Session]:
     session = Session(Config(target=Arch(arch), **options))
     (source,) = codegen(function, make, arch, session)
     ast.parse(source)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..arch import Arch
 from ..errors import FusionpassError
-from ..graphs import erase_unused, getitem, inherit, same_shape, value, values
+from ..graphs import erase_unused, inherit, same_shape, value, values
 from ..launch import Empty, Launch
 from ..op import OPS, Op
 from ..report.trace import GraphTrace, Record, Site
@@ -123,11 +124,11 @@ def inline(graph: Graph, node: Node, op: Op, arguments: Mapping[str, Any]) -> No
                 copies[source] = graph.node_copy(source, lambda n: copies[n])
                 barrier = {key: source.meta[key] for key in _ROUNDING if key in source.meta}
                 copies[source].meta = inherit(node, source.meta["val"], barrier)
-    result = body.find_nodes(op="output")[0].args[0]
+    result: Any = body.find_nodes(op="output")[0].args[0]
     if op.single:
-        node.replace_all_uses_with(copies[result])  # type: ignore[index]
+        node.replace_all_uses_with(copies[result])
     else:
         for user in list(node.users):
-            user.replace_all_uses_with(copies[result[user.args[1]]])  # type: ignore[index]
+            user.replace_all_uses_with(copies[result[user.args[1]]])
             erase_unused(graph, user)
     erase_unused(graph, node)

@@ -18,12 +18,14 @@ _SCALAR_FORMS = {
     aten.div.Scalar: aten.div.Tensor,
 }
 _REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.var_mean.correction)
-_ALIASES = (*VIEWS, aten.alias.default, aten.detach.default, aten.permute.default, aten.t.default, aten.transpose.int,
-            aten.expand.default, aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.unsqueeze.default, getitem)  # fmt: skip
+_ALIASES = (
+    *VIEWS, aten.alias.default, aten.detach.default, aten.permute.default, aten.t.default, aten.transpose.int, getitem,
+    aten.expand.default, aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.unsqueeze.default,
+)  # fmt: skip
 
 
 def normalize(graph: Graph) -> None:
-    """Rewrite `graph` in place: canonical operators and dims, no-op views and casts gone, common subexpressions merged."""
+    """Rewrite `graph` in place: canonical operators and dims, no-ops gone, common subexpressions merged."""
     escaping = _escaping(graph)
     seen: dict[tuple[Any, str, str], Node] = {}
     for node in list(graph.nodes):
@@ -43,24 +45,26 @@ def normalize(graph: Graph) -> None:
 
 
 def _canonical(graph: Graph, node: Node) -> None:
-    if node.target in _SCALAR_FORMS:
-        node.target = _SCALAR_FORMS[node.target]  # type: ignore[index]
-    if node.target in _REDUCTIONS and len(node.args) > 1 and isinstance(node.args[1], list | tuple):
-        rank = value(node.args[0]).dim()  # type: ignore[arg-type,union-attr]
-        node.args = (node.args[0], [d - rank if d >= 0 else d for d in node.args[1]], *node.args[2:])  # type: ignore[operator,misc]
-    elif node.target is aten.pow.Tensor_Scalar and node.args[1] == 2:
-        node.args = (node.args[0], 2)
-    elif node.target is aten.pow.Tensor_Scalar and node.args[1] == -0.5:
-        node.target, node.args = aten.rsqrt.default, (node.args[0],)
-    elif node.target is aten.mul.Tensor and node.args[0] is node.args[1]:
-        node.target, node.args = aten.pow.Tensor_Scalar, (node.args[0], 2)
-    elif node.target is aten.clamp.default and len(node.args) == 3 and None not in node.args:
+    target: Any = node.target
+    args: Any = node.args
+    if target in _SCALAR_FORMS:
+        node.target = _SCALAR_FORMS[target]
+    if target in _REDUCTIONS and len(args) > 1 and isinstance(args[1], list | tuple):
+        rank = args[0].meta["val"].dim()
+        node.args = (args[0], [d - rank if d >= 0 else d for d in args[1]], *args[2:])
+    elif target is aten.pow.Tensor_Scalar and args[1] == 2:
+        node.args = (args[0], 2)
+    elif target is aten.pow.Tensor_Scalar and args[1] == -0.5:
+        node.target, node.args = aten.rsqrt.default, (args[0],)
+    elif target is aten.mul.Tensor and args[0] is args[1]:
+        node.target, node.args = aten.pow.Tensor_Scalar, (args[0], 2)
+    elif target is aten.clamp.default and len(args) == 3 and None not in args:
         with graph.inserting_before(node):
-            lower = graph.call_function(aten.clamp_min.default, (node.args[0], node.args[1]))
+            lower = graph.call_function(aten.clamp_min.default, (args[0], args[1]))
         lower.meta = inherit(node, node.meta["val"])
-        node.target, node.args = aten.clamp_max.default, (lower, node.args[2])
-    elif node.target is aten._to_copy.default and set(node.kwargs) == {"dtype"}:
-        node.target, node.args, node.kwargs = CAST, (node.args[0], node.kwargs["dtype"]), {}
+        node.target, node.args = aten.clamp_max.default, (lower, args[2])
+    elif target is aten._to_copy.default and set(node.kwargs) == {"dtype"}:
+        node.target, node.args, node.kwargs = CAST, (args[0], node.kwargs["dtype"]), {}
 
 
 def _no_op(node: Node) -> Node | None:
@@ -90,9 +94,9 @@ def _pure(node: Node) -> bool:
 
 
 def _key(node: Node) -> tuple[Any, str, str]:
-    args = node.args
+    args: Any = node.args
     if node.target in COMMUTATIVE and all(isinstance(a, Node) for a in args):
-        args = tuple(sorted(args, key=lambda a: a.name))  # type: ignore[union-attr]
+        args = tuple(sorted(args, key=lambda a: str(a.name)))
     return node.target, repr(args), repr(node.kwargs)
 
 

@@ -243,7 +243,7 @@ def _replace_consumer(graph: Graph, fold: Fold, consumer: Node, views: list[Node
                 shape = list(view.args[1])  # type: ignore[arg-type]
                 if names[index] == "scale":
                     shape[-1] = 1
-                viewed = graph.call_function(view.target, (new, shape))
+                viewed = graph.call_function(view.target, (new, shape))  # type: ignore[arg-type]
                 viewed.meta = inherit(view, _viewed(view, new, values(shape)))
                 new = viewed
         node.replace_all_uses_with(new)

@@ -68,7 +68,7 @@ def dump(path: str | Path) -> Iterator[Path]:
         (folder / "index.txt").write_text("\n".join([*sorted(p.name for p in folder.iterdir() if p.is_dir()), ""]))
         if not made:
             warnings.warn(
-                f"nothing was compiled inside fusionpass.dump({str(path)!r}): run a model in it that has not run before, "
-                "or call torch._dynamo.reset() first",
+                f"nothing was compiled inside fusionpass.dump({str(path)!r}): run a model in it that has not run "
+                "before, or call torch._dynamo.reset() first",
                 stacklevel=3,
             )

@@ -72,8 +72,8 @@ def _dynamo_cache_untouched() -> Iterator[dict[str, Any]]:
         yield {"isolate_recompiles": True}
         return
     # Before torch 2.14: forget the code, so that a model of the same class that ran compiled compiles once more.
+    from torch._C._dynamo.eval_frame import reset_code
     from torch._dynamo.convert_frame import register_bytecode_hook
-    from torch._dynamo.eval_frame import reset_code
 
     traced: list[Any] = []
     hook = register_bytecode_hook(lambda code, new: traced.append(code))

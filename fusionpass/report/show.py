@@ -29,7 +29,6 @@ def show(graph: Graph, rename: bool = False) -> str:
     head = [
         *(f"import {module}" for module in ("math", "operator") if any(f" = {module}." in text for text, _ in body)),
         "import torch",
-        "from operator import getitem",
         "",
         "aten, prims = torch.ops.aten, torch.ops.prims",
         "",
@@ -52,11 +51,8 @@ def _type(val: Any) -> str:
     if isinstance(val, torch.Tensor):
         shape = ", ".join(map(str, val.shape))
         dense = torch._prims_common.make_contiguous_strides_for(val.shape)
-        strides = (
-            ""
-            if tuple(map(str, val.stride())) == tuple(map(str, dense))
-            else f" strides ({', '.join(map(str, val.stride()))})"
-        )
+        stride = ", ".join(map(str, val.stride()))
+        strides = "" if stride == ", ".join(map(str, dense)) else f" strides ({stride})"
         return f"{_SHORT.get(val.dtype, str(val.dtype))}[{shape}]{strides}"
     if isinstance(val, list | tuple):
         return ", ".join(_type(v) for v in val)

@@ -99,14 +99,17 @@ class Report:
 
     @property
     def fused(self) -> list[Record]:
+        """The sites where an op runs."""
         return self._merged("fused")
 
     @property
     def refused(self) -> list[Record]:
+        """The sites that a rule matched and a guard turned down."""
         return self._merged("refused")
 
     @property
     def missed(self) -> list[Record]:
+        """The sites that came near a spelling and did not match."""
         return self._merged("missed")
 
     @property

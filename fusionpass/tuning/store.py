@@ -13,7 +13,9 @@ DEVICES = {"sm_90": "h100"}
 
 
 def look_up(family: str, arch: Arch, tokens: int | None, width: int) -> dict[str, Any] | None:
-    """The measured cell of this width nearest to `tokens`, on a logarithmic scale.
+    """The measured cell of this width nearest to `tokens`, where one is within a factor of two.
+
+    The files hold exceptions only: the cells where the kernel's own rule, or the kernel, was found to be beaten.
 
     Args:
         family: a folder of `configs`, such as "norm".
@@ -26,8 +28,12 @@ def look_up(family: str, arch: Arch, tokens: int | None, width: int) -> dict[str
     """
     if not tokens:
         return None
-    cells = [cell for cell in _cells(family, arch.name) if cell["width"] == width]
-    return min(cells, key=lambda cell: abs(math.log(cell["tokens"] / tokens)), default=None)
+
+    def distance(cell: dict[str, Any]) -> float:
+        return abs(math.log2(cell["tokens"] / tokens))
+
+    near = [cell for cell in _cells(family, arch.name) if cell["width"] == width and distance(cell) <= 1]
+    return min(near, key=distance, default=None)
 
 
 def refuse(family: str, arch: Arch, tokens: int | None, width: int) -> str | None:

@@ -1,5 +1,4 @@
 import torch
-from operator import getitem
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

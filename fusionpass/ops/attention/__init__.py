@@ -36,4 +36,5 @@ def view_heads(x: torch.Tensor, head_dim: int, arch: Arch | None = None) -> torc
     if target.copies_strided_heads:
         # A slice of one head reshapes without a copy, and is strided still.
         return x.reshape(-1, head_dim).contiguous()
-    return x.unflatten(-1, (-1, head_dim))
+    heads: torch.Tensor = x.unflatten(-1, (-1, head_dim))
+    return heads

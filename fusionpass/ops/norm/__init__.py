@@ -9,7 +9,8 @@ from ...op import EXACT, Tolerance, op
 from ..quant import CODES, quantize, quantized_outputs, static_scale
 from ..rows import triton_backend
 
-NORM = Tolerance(ulp=1, fraction=2e-3, fp32_ulp=8)
+NORM = Tolerance(ulp=2, fraction=2e-3, fp32_ulp=8)
+"""The order of the sum can move the normalised value by one step, and a step of it is up to two of its product."""
 
 
 def _tensors(tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, object]:

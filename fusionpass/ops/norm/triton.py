@@ -105,16 +105,16 @@ class Config:
 def configure(arch: Arch, rows: int | None, width: int, itemsize: int = 2) -> Config:
     """The configuration for `rows` rows (None: any number) of `width` columns: as measured, else by rule.
 
-    The rule: a row of 128 to 256 threads' 16-byte loads takes one load a thread, a narrower one shares its program with
-    others, and a wider one takes 128 threads, or as many as leave none with more than 64 elements.
+    The rule: a row of 128 to 256 threads' 16-byte loads takes one load a thread, a much narrower one shares its program
+    with others, and a wider one takes 128 threads, or as many as leave none with more than 64 elements.
     """
-    cell = store.look_up("norm", arch, rows, width)
-    if cell is not None and "warps" in cell:
+    cell = store.look_up("norm", arch, rows, width) if itemsize == 2 else None
+    if cell is not None:
         return Config(cell["rows"], cell["warps"])
     block = triton.next_power_of_2(width)
     loads = max(1, block * itemsize // 16)
     threads = loads if 128 <= loads <= 256 else max(128, block // 64)
-    return Config(max(1, min(16, 128 // loads)), threads // arch.warp_size)
+    return Config(max(1, min(16, 64 // loads)), threads // arch.warp_size)
 
 
 def plan_rms_norm(arch: Arch, x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> Launch | str:

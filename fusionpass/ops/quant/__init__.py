@@ -1,5 +1,7 @@
 """Quantisation of activations."""
 
+from collections.abc import Mapping
+
 import torch
 
 from ...errors import ArgumentError, ScaleError
@@ -11,7 +13,7 @@ CODES = Tolerance(ulp=1, fraction=2e-3)
 """A value that a reduction order moves across a rounding boundary lands on the neighbouring code."""
 
 
-def quantized_outputs(arguments: dict[str, object]) -> tuple[str, ...]:
+def quantized_outputs(arguments: Mapping[str, object]) -> tuple[str, ...]:
     """The names of what a quantisation with these arguments returns."""
     return ("q",) if Scheme.parse(str(arguments["scheme"])).static else ("q", "scale")
 

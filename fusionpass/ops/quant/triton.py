@@ -124,7 +124,7 @@ def plan_quantize(
             "EARLY": False,
         },
         returns=("q",),
-        num_warps=max(1, min(8, block // 512)),
+        num_warps=max(1, min(256, block // 8) // arch.warp_size),
         pdl=arch.has_pdl,
         early=("scale",),
     )

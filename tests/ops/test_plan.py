@@ -1,0 +1,87 @@
+"""What the kernels' plans accept, and the reasons that they give where they do not."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from fusionpass.arch import Arch
+from fusionpass.ops import add_rms_norm_quantize, quantize, rms_norm
+
+pytest.importorskip("triton")
+H100 = Arch("sm_90")
+
+
+def sample(op, tokens=4, width=64, dtype=torch.bfloat16, **changes):
+    return {**op.bind((), op.sample(tokens, width, dtype, "cpu", torch.Generator())), **changes}
+
+
+def reason(op, arch=H100, **changes):
+    launch, why = op.plan(arch, sample(op, **changes))
+    assert launch is None
+    return why
+
+
+def test_targets():
+    assert reason(rms_norm, Arch("cpu")) == "triton: the cpu has no Triton kernels"
+    assert reason(rms_norm, Arch("sm_75")) == "triton: Triton's kernels need sm_80 or newer, not sm_75"
+    assert rms_norm.plan(Arch("sm_80"), sample(rms_norm))[0] is not None
+    assert reason(quantize, Arch("sm_80")) == "triton: Triton cannot convert to float8_e4m3fn on sm_80"
+    assert reason(quantize, Arch("gfx942")) == "triton: Triton cannot convert to float8_e4m3fn on gfx942"
+    fnuz = "fp8_static,dtype=float8_e4m3fnuz"
+    assert reason(quantize, scheme=fnuz) == "triton: sm_90 does not convert to float8_e4m3fnuz"
+    assert quantize.plan(Arch("gfx942"), sample(quantize, scheme=fnuz))[0] is not None
+
+
+def test_tensors():
+    assert reason(rms_norm, width=16385) == "triton: rows of 16385 columns do not fit in registers (at most 16384)"
+    assert reason(rms_norm, width=0) == "triton: the rows are empty"
+    assert reason(rms_norm, dtype=torch.float64) == "triton: x is torch.float64 and the weight torch.float64"
+    assert "not a dense vector of 64" in reason(rms_norm, weight=torch.ones(128, dtype=torch.bfloat16)[::2])
+    columns = torch.ones(64, 4, dtype=torch.bfloat16).t()
+    assert reason(quantize, x=columns) == "triton: x has stride 4 in its last dimension, not 1"
+    swapped = torch.ones(3, 4, 64, dtype=torch.bfloat16).transpose(0, 1)
+    assert reason(rms_norm, x=swapped) == "triton: x has strides (64, 256, 1): its rows are not evenly spaced"
+    other = torch.ones(4, 64, dtype=torch.float16)
+    assert (
+        reason(add_rms_norm_quantize, residual=other) == "triton: x and the residual differ in shape, dtype or device"
+    )
+    assert reason(quantize, scale=torch.ones(2)) == "triton: the scale is not one element"
+    assert reason(quantize, scale=torch.ones((), dtype=torch.int32)).startswith("triton: the scale is torch.int32")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 64), (1, 5, 64), (3, 1, 64), (64,), (0, 64)])
+def test_leading_dimensions_become_rows(shape):
+    x = torch.ones(*shape[:-1], 80, dtype=torch.bfloat16)[..., :64]
+    launch, why = rms_norm.plan(H100, sample(rms_norm, x=x))
+    assert launch is not None, why
+    assert launch.args["x"] is x
+    assert launch.args["rows"] == x[..., 0].numel()
+    assert launch.args["norm"].shape == shape
+
+
+def test_a_symbolic_token_count_adds_no_guard():
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment)
+    made = sample(add_rms_norm_quantize, tokens=12)
+    static = StatelessSymbolicContext([DimDynamic.STATIC])
+
+    def fake(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        dims = [DimDynamic.DYNAMIC, DimDynamic.STATIC] if value.dim() == 2 else [DimDynamic.STATIC] * value.dim()
+        return mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dims) if dims else static)
+
+    arguments = {name: fake(value) for name, value in made.items()}
+    arguments["residual"] = arguments["x"]
+    launch, why = add_rms_norm_quantize.plan(H100, arguments)
+    assert launch is not None, why
+    assert not isinstance(launch.grid[0], int)
+    assert not environment.guards
+
+
+def test_weight_and_scale_are_read_early_only_where_that_is_said_to_be_safe():
+    launch, _ = add_rms_norm_quantize.plan(H100, sample(add_rms_norm_quantize))
+    assert launch.early == ("weight", "scale")
+    assert launch.args["EARLY"] is False
+    assert launch.reading_early().args["EARLY"] is True
