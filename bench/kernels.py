@@ -18,7 +18,7 @@ from fusionpass.testing import exact, relative_error
 
 from .implementations import IMPLEMENTATIONS, Arguments, Call, argument_sets, bytes_moved
 from .machine import ROOT, device_slug, facts, require_gpu
-from .timing import cold_sets, summary, time_calls
+from .timing import cold_sets, summary, time_calls, warm_up
 
 ROUNDS = 2
 
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--commit", help="where the checkout cannot say it")
     options = parser.parse_args()
     require_gpu()
+    warm_up()
     out: Path = options.out or ROOT / "bench" / "results" / device_slug()
     out.mkdir(parents=True, exist_ok=True)
     names = list(timed) if "all" in options.op else options.op

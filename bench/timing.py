@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,15 @@ import torch
 
 MOST_SETS = 1024
 """Sets of buffers beyond which a cell is too small to be timed cold."""
+
+
+def warm_up(seconds: float = 1.0) -> None:
+    """Keep the GPU busy until its clocks are up."""
+    matrix = torch.randn(4096, 4096, device="cuda")
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        matrix = (matrix @ matrix).clamp(-1, 1)
+        torch.cuda.synchronize()
 
 
 def cold_sets(bytes_moved: int, l2_bytes: int) -> int | None:

@@ -16,7 +16,7 @@ from fusionpass.tuning import store
 
 from .implementations import argument_sets, bytes_moved, inductor, launch_call, plan, variant
 from .machine import ROOT, facts, require_gpu
-from .timing import cold_sets, time_calls
+from .timing import cold_sets, time_calls, warm_up
 
 CUTS = [(1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (2, 4), (2, 8), (4, 4), (8, 4), (16, 4)]
 """Rows a program and warps a program."""
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--commit", help="where the checkout cannot say it")
     options = parser.parse_args()
     require_gpu()
+    warm_up()
     console, cells = Console(), []
     store.DEVICES.clear()  # the rule alone is the baseline
     for hidden, tokens in track([(h, t) for h in options.hidden for t in options.tokens], console=console):

@@ -64,13 +64,12 @@ def test_a_symbolic_token_count_adds_no_guard():
     environment = ShapeEnv()
     mode = FakeTensorMode(shape_env=environment)
     made = sample(add_rms_norm_quantize, tokens=12)
-    static = StatelessSymbolicContext([DimDynamic.STATIC])
 
     def fake(value):
         if not isinstance(value, torch.Tensor):
             return value
-        dims = [DimDynamic.DYNAMIC, DimDynamic.STATIC] if value.dim() == 2 else [DimDynamic.STATIC] * value.dim()
-        return mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dims) if dims else static)
+        dims = ([DimDynamic.DYNAMIC] if value.dim() == 2 else []) + [DimDynamic.STATIC] * min(1, value.dim())
+        return mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dims))
 
     arguments = {name: fake(value) for name, value in made.items()}
     arguments["residual"] = arguments["x"]
