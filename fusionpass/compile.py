@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from . import inductor, pipeline
 from .config import Config
@@ -43,9 +43,9 @@ class Session:
             recognised.append(graph)
             pipeline.run(pipeline.early(config, trace), graph, config, trace, keep=bool(folders))
 
-        def late(graph: Graph) -> None:
+        def late(graph: Graph, parameters: frozenset[Node]) -> None:
             if recognised:
-                pipeline.run(pipeline.late(config, trace), graph, config, trace, keep=bool(folders))
+                pipeline.run(pipeline.late(config, trace, parameters), graph, config, trace, keep=bool(folders))
                 self._judge(trace.index)
 
         compiled = inductor.compile_graph(gm, inputs, config, trace, early, late)

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from .config import Config
 from .launch import Empty, Launch
@@ -20,6 +20,7 @@ from .passes.lower import LAUNCH, Planned
 from .report.trace import GraphTrace
 
 GraphPass = Callable[[Graph], None]
+LatePass = Callable[[Graph, frozenset[Node]], None]
 
 
 class _JointPass(CustomGraphPass):
@@ -52,12 +53,13 @@ def package_digest() -> str:
 
 
 def compile_graph(
-    gm: GraphModule, inputs: Sequence[Any], config: Config, trace: GraphTrace, early: GraphPass, late: GraphPass
+    gm: GraphModule, inputs: Sequence[Any], config: Config, trace: GraphTrace, early: GraphPass, late: LatePass
 ) -> Callable[..., Any]:
     """Compile one of Dynamo's graphs through Inductor, with `early` and `late` run on its aten graph.
 
-    Nothing global stays changed: options are patched for the length of the call. `late` runs in front of Inductor's
-    cache look-up, not inside it, so that a warm cache still yields a report.
+    `late` is also given the inputs that hold parameters and buffers. Nothing global stays changed: options are patched
+    for the length of the call. `late` runs in front of Inductor's cache look-up, not inside it, so that a warm cache
+    still yields a report.
     """
     from torch._functorch import config as functorch_config
     from torch._inductor import config as inductor_config
@@ -65,7 +67,8 @@ def compile_graph(
 
     def inner(graph_module: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
         if options.get("is_inference", False):
-            late(graph_module.graph)
+            inputs = graph_module.graph.find_nodes(op="placeholder")
+            late(graph_module.graph, frozenset(inputs[i] for i in options.get("static_input_idxs", ())))
             graph_module.recompile()
         compiled = compile_fx_inner(graph_module, example_inputs, **options)
         source = getattr(compiled, "source_code", "") or ""

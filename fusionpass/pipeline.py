@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from .config import Config
 from .passes.cleanup import cleanup
@@ -25,11 +25,11 @@ def early(config: Config, trace: GraphTrace) -> list[Pass]:
     ]
 
 
-def late(config: Config, trace: GraphTrace) -> list[Pass]:
-    """After the joint passes, before code generation."""
+def late(config: Config, trace: GraphTrace, parameters: frozenset[Node] = frozenset()) -> list[Pass]:
+    """After the joint passes, before code generation; `parameters` are the graph's inputs that no kernel writes."""
     return [
         ("fuse", lambda graph: fuse(graph, FOLDS, trace, config.disable)),
-        ("lower", lambda graph: lower(graph, trace, config.target, config.disable)),
+        ("lower", lambda graph: lower(graph, trace, config.target, config.disable, parameters)),
         ("cleanup", cleanup),
     ]
 

@@ -38,8 +38,22 @@ _ROUNDING = ("low_precision_pointwise_barrier",)
 """What tracing notes on a node so that Inductor rounds there as eager mode does (`numerics="eager"`)."""
 
 
-def lower(graph: Graph, trace: GraphTrace, target: Arch | None = None, disable: frozenset[str] = frozenset()) -> None:
-    """Decide for every op in `graph` who runs it; those that no kernel takes become aten nodes again, in place."""
+def lower(
+    graph: Graph,
+    trace: GraphTrace,
+    target: Arch | None = None,
+    disable: frozenset[str] = frozenset(),
+    parameters: frozenset[Node] = frozenset(),
+) -> None:
+    """Decide for every op in `graph` who runs it; those that no kernel takes become aten nodes again, in place.
+
+    Args:
+        graph: after `fuse`.
+        trace: takes a record of every op.
+        target: None: that of the values' device.
+        disable: names of backends to leave out.
+        parameters: inputs that no kernel writes, so that a launch with PDL may read them before it waits.
+    """
     for node in list(graph.nodes):
         op = OPS.get(node.target)
         if op is None:
@@ -62,7 +76,10 @@ def lower(graph: Graph, trace: GraphTrace, target: Arch | None = None, disable: 
         if launch is None:
             inline(graph, node, op, arguments)
         else:
-            node.meta[LAUNCH] = Planned(launch, _positions(launch, node))
+            positions = _positions(launch, node)
+            if all(node.args[positions[name]] in parameters for name in launch.early):
+                launch = launch.reading_early()
+            node.meta[LAUNCH] = Planned(launch, positions)
             node.meta["eager_input_vals"] = (values(node.args), values(node.kwargs))
 
 

@@ -9,3 +9,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(missing)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Instead of the CPU tests' fixture: deterministic mode would change what Inductor generates. Kernels' tests poison."""
