@@ -52,9 +52,10 @@ class Config:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r} does not exist", "Config", nearest(str(value), choices))
-        names: object = self.disable
-        if isinstance(names, str) or not isinstance(names, Iterable) or not all(isinstance(n, str) for n in names):
-            raise ConfigError(f"disable={names!r} is not a collection of names", "Config", 'Pass {"norm.llama"}')
+        given: object = self.disable
+        names = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [None]
+        if not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"disable={given!r} is not a collection of names", "Config", 'Pass {"norm.llama"}')
         object.__setattr__(self, "disable", frozenset(names))
         folder: object = self.dump_dir
         if isinstance(folder, str | Path):

@@ -1,0 +1,152 @@
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusionpass
+from fusionpass import Arch, Config, pipeline
+from fusionpass.config import _can_be_disabled
+from fusionpass.errors import ArchError, ConfigError
+from fusionpass.report import GraphTrace
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("FUSIONPASS_")]:
+        monkeypatch.delenv(name)
+
+
+def test_defaults():
+    assert dataclasses.asdict(Config()) == {
+        "disable": frozenset(),
+        "numerics": "fast",
+        "cuda_graphs": "auto",
+        "on_miss": "ignore",
+        "dump_dir": None,
+        "target": None,
+    }
+    assert Config.make() == Config()
+
+
+VALUES = [
+    ("disable", {"norm.llama"}, frozenset({"norm.llama"})),
+    ("disable", ["fuse", "triton", "fuse"], frozenset({"fuse", "triton"})),
+    ("disable", (name for name in ["add_rms_norm"]), frozenset({"add_rms_norm"})),
+    ("numerics", "eager", "eager"),
+    ("cuda_graphs", "off", "off"),
+    ("on_miss", "warn", "warn"),
+    ("on_miss", "error", "error"),
+    ("dump_dir", "some/folder", Path("some/folder")),
+    ("dump_dir", Path("some/folder"), Path("some/folder")),
+    ("target", Arch("sm_90"), Arch("sm_90")),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "kept"), VALUES)
+def test_every_field(field, value, kept):
+    made = Config.make(None, {field: value})
+    assert getattr(made, field) == kept
+    assert type(getattr(made, field)) is type(kept)
+    others = {f.name for f in dataclasses.fields(Config)} - {field}
+    assert all(getattr(made, name) == getattr(Config(), name) for name in others)
+    assert len({made, Config()}) == 2, "a config is hashable, and another one"
+
+
+def test_it_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().numerics = "eager"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"numerics": "eagre"}, "numerics='eagre' does not exist. Did you mean 'eager'"),
+        ({"numerics": None}, "numerics=None does not exist. Known: eager, fast"),
+        ({"cuda_graphs": "of"}, "cuda_graphs='of' does not exist. Did you mean 'off'"),
+        ({"cuda_graphs": True}, "cuda_graphs=True does not exist"),
+        ({"on_miss": "raise"}, "on_miss='raise' does not exist. Known: error, ignore, warn"),
+        ({"on_miss": ["warn"]}, "on_miss=.* does not exist"),
+        ({"disable": "norm.llama"}, "disable='norm.llama' is not a collection of names. Pass {\"norm.llama\"}"),
+        ({"disable": None}, "disable=None is not a collection"),
+        ({"disable": 3}, "disable=3 is not a collection"),
+        ({"disable": {1}}, r"disable=\{1\} is not a collection"),
+        ({"disable": {"norm.lama"}}, "disable names 'norm.lama', which does not exist. Did you mean 'norm.llama'"),
+        ({"disable": {"fuse", "tritn"}}, "disable names 'tritn'.*Did you mean 'triton'"),
+        ({"disable": {"lower"}}, "disable names 'lower'"),
+        ({"dump_dir": 3}, "dump_dir=3 is not a path"),
+        ({"target": "sm_90"}, r"target='sm_90' is not an Arch. Pass fusionpass.Arch"),
+        ({"target": torch.device("cuda")}, "is not an Arch"),
+        ({"numeric": "eager"}, "there is no option 'numeric'. Did you mean 'numerics'"),
+        ({"dumpdir": "x"}, "there is no option 'dumpdir'. Did you mean 'dump_dir'"),
+        ({"zzz": 1}, "there is no option 'zzz'. Known: cuda_graphs, disable"),
+    ],
+)
+def test_mistakes(overrides, message):
+    with pytest.raises(ConfigError, match=f"Config: .*{message}"):
+        Config.make(None, overrides)
+
+
+@pytest.mark.parametrize("call", [fusionpass.compile, lambda f, **o: fusionpass.dynamo_backend(None, [], options=o)])
+def test_a_mistake_is_told_before_anything_is_compiled(call):
+    with pytest.raises(ConfigError, match="Did you mean 'numerics'"):
+        call(torch.nn.Identity(), numeric="eager")
+    with pytest.raises(ConfigError, match="Did you mean 'norm.llama'"):
+        call(torch.nn.Identity(), disable={"norm.lama"})
+
+
+def test_what_can_be_disabled_is_what_exists():
+    trace = GraphTrace(0)
+    passes = {name for name, _ in (*pipeline.early(Config(), trace), *pipeline.late(Config(), trace))}
+    known = _can_be_disabled()
+    assert passes - known == {"lower", "cleanup"}
+    assert known >= {"norm.llama", "norm.add_quantize", "quant.fp8_static", "add_rms_norm", "quantize", "triton"}
+    assert Config.make(None, {"disable": known}).disable == known
+
+
+ENVIRONMENT = [
+    ("DISABLE", "norm.llama", "disable", frozenset({"norm.llama"})),
+    ("DISABLE", " norm.llama, fuse ,,", "disable", frozenset({"norm.llama", "fuse"})),
+    ("NUMERICS", "eager", "numerics", "eager"),
+    ("CUDA_GRAPHS", "off", "cuda_graphs", "off"),
+    ("ON_MISS", "error", "on_miss", "error"),
+    ("DUMP_DIR", "some/folder", "dump_dir", Path("some/folder")),
+    ("TARGET", "gfx942", "target", Arch("gfx942")),
+    ("NUMERICS", "", "numerics", "fast"),
+]
+
+
+def test_the_environment_reaches_every_field():
+    assert {field for _, _, field, _ in ENVIRONMENT} == {f.name for f in dataclasses.fields(Config)}
+
+
+@pytest.mark.parametrize(("variable", "text", "field", "value"), ENVIRONMENT)
+def test_environment(monkeypatch, variable, text, field, value):
+    monkeypatch.setenv(f"FUSIONPASS_{variable}", text)
+    assert getattr(Config.make(), field) == value
+    assert getattr(Config(), field) == getattr(Config.make(Config()), field), "only make reads the environment"
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "error", "message"),
+    [
+        ("NUMERICS", "eagre", ConfigError, "Did you mean 'eager'"),
+        ("ON_MISS", "fail", ConfigError, "on_miss='fail' does not exist"),
+        ("DISABLE", "norm.lama", ConfigError, "Did you mean 'norm.llama'"),
+        ("TARGET", "sm90", ArchError, "Did you mean 'sm_90'"),
+    ],
+)
+def test_mistakes_in_the_environment(monkeypatch, variable, text, error, message):
+    monkeypatch.setenv(f"FUSIONPASS_{variable}", text)
+    with pytest.raises(error, match=message):
+        Config.make()
+
+
+def test_precedence(monkeypatch):
+    monkeypatch.setenv("FUSIONPASS_NUMERICS", "eager")
+    monkeypatch.setenv("FUSIONPASS_ON_MISS", "warn")
+    made = Config.make(None, {"numerics": "fast"})
+    assert (made.numerics, made.on_miss) == ("fast", "warn"), "an override wins, the rest is the environment's"
+    given = Config.make(Config(on_miss="error"), {"cuda_graphs": "off"})
+    assert (given.numerics, given.on_miss, given.cuda_graphs) == ("fast", "error", "off"), "a config is complete"
