@@ -59,8 +59,8 @@ def inductor(op: Op, sets: list[Arguments], arch: Arch, pdl: bool = False) -> Ca
 
 def copy(op: Op, sets: list[Arguments], arch: Arch) -> Call:
     """The yardstick: half of the bytes read, half of them written."""
-    # A whole number of 512 bytes: of other lengths copies take a quarter longer, which would flatter the kernels.
-    half = -(-bytes_moved(op, sets[0]) // 1024) * 512
+    # A whole number of pages: copies of other lengths take a quarter longer, which would flatter the kernels.
+    half = -(-bytes_moved(op, sets[0]) // 8192) * 4096
     sources = [torch.randint(0, 255, (half,), dtype=torch.uint8, device="cuda") for _ in sets]
     targets = [torch.empty_like(source) for source in sources]
     return lambda i: [targets[i].copy_(sources[i])]

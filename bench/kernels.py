@@ -74,6 +74,8 @@ def measure(op: Op, tokens: int, hidden: int, dtype: torch.dtype, regime: str) -
     errors = {name: _checked(op, sets[0], name, call) for name, call in calls.items() if name != "copy"}
     cells = []
     for name, count in chosen.items():
+        # Here, not only at the start: while Inductor compiles, the clocks go down again.
+        warm_up(0.2)
         samples: dict[str, list[float]] = {implementation: [] for implementation in calls}
         for _ in range(ROUNDS):
             for implementation, call in calls.items():
