@@ -7,6 +7,7 @@ from torch.fx import Graph, Node
 
 from .config import Config
 from .passes.cleanup import cleanup
+from .passes.exact import keep_reductions
 from .passes.lower import lower
 from .passes.normalize import normalize
 from .passes.rewrite import fuse, recognise
@@ -30,6 +31,7 @@ def late(config: Config, trace: GraphTrace, parameters: frozenset[Node] = frozen
     return [
         ("fuse", lambda graph: fuse(graph, FOLDS, trace, config.disable)),
         ("lower", lambda graph: lower(graph, trace, config.target, config.disable, parameters)),
+        *([("keep_reductions", keep_reductions)] if config.numerics == "eager" else []),
         ("cleanup", cleanup),
     ]
 
