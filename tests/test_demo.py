@@ -1,9 +1,11 @@
 """The demo's path on a tiny random Llama, and its parts against independent computations."""
 
 import dataclasses
+import importlib
 import io
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,6 @@ import torch
 from rich.console import Console
 
 from fusionpass import cli, demo
-from fusionpass.demo import load as loading
 from fusionpass.demo import show
 from fusionpass.demo.checks import judge, norms_in_front
 from fusionpass.demo.measure import Measured, Runner
@@ -19,6 +20,8 @@ from fusionpass.errors import ModelError
 from fusionpass.quantize import QuantizeReport, quantize_
 from fusionpass.report import Record, Report
 
+# The module: the package has a function of the same name.
+loading = importlib.import_module("fusionpass.demo.load")
 transformers = pytest.importorskip("transformers")
 TEXT = "We the People of the United States, in Order to form a more perfect Union, establish Justice. " * 4
 
@@ -64,7 +67,14 @@ def test_the_whole_path(numerics, tmp_path):
     )
     result = demo.run(model, make_tokenizer(), options, Console(file=output, width=160))
 
-    assert result.passed, result.checks
+    if numerics == "eager":
+        assert result.passed, result.checks
+    else:
+        # Roundings that are dropped flip FP8 codes, and flipped codes are new rounding noise: no bias, but no equality.
+        assert all(check.passed for check in result.checks[1:]), result.checks
+        eager, fast = result.variants["FP8 eager"].losses, result.variants["FP8 compiled"].losses
+        apart = [b - a for a, b in zip(eager, fast, strict=True)]
+        assert abs(statistics.fmean(apart)) < 4 * statistics.stdev(apart) / len(apart) ** 0.5
     assert list(result.variants) == ["bf16", "FP8 eager", "FP8 compiled"]
     assert len(result.checks) == (4 if numerics == "eager" else 3)
     # One window and one token: a third graph would be a third compilation of every layer.
@@ -82,7 +92,7 @@ def test_the_whole_path(numerics, tmp_path):
     printed = output.getvalue()
     for expected in ("Hello there", "model.layers.{0-1}.post_attention_layernorm", "perplexity", str(tmp_path)):
         assert expected in printed
-    assert "FAIL" not in printed
+    assert ("FAIL" in printed) != result.passed
 
 
 def test_the_command_runs_a_local_model(tmp_path, capsys):
@@ -124,8 +134,7 @@ def test_perplexity_is_that_of_the_plain_forward():
     with torch.no_grad():
         losses = [model(input_ids=ids[None], labels=ids[None]).loss.double().item() for ids in windows]
     ticks: list[int] = []
-    found = runner.perplexity(windows, lambda: ticks.append(1))
-    assert found == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert runner.losses(windows, lambda: ticks.append(1)) == pytest.approx(losses, rel=1e-5)
     assert len(ticks) == len(windows)
 
 
@@ -157,7 +166,8 @@ def test_checks_fail_when_they_should():
     model = make_model(layers=1)
     quantized = quantize_(model, "fp8_static", [torch.arange(12)[None]], skip="lm_head")
     norms = {"model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm"}
-    eager = Measured(("a",), ((5, 6),), 10.0, 100, 0.1)
+    eager = Measured(("a",), ((5, 6),), (1.0, 3.0), 100, 0.1)
+    assert eager.perplexity == pytest.approx(math.exp(2))
     report = Report()
     trace = report.new_graph()
     trace.fused = [
@@ -168,11 +178,12 @@ def test_checks_fail_when_they_should():
         return [check.passed for check in judge(eager, compiled, norms, quantized, report, numerics)]
 
     assert passed(eager) == [True] * 4
-    assert passed(dataclasses.replace(eager, perplexity=10.011)) == [False, True, True, True]
+    assert passed(dataclasses.replace(eager, losses=(1.0, 3.0019))) == [True] * 4
+    assert passed(dataclasses.replace(eager, losses=(1.0, 3.0021))) == [False, True, True, True]
     other = dataclasses.replace(eager, tokens=((5, 7),))
     assert passed(other) == [True, False, True, True]
     assert passed(other, "fast") == [True, True, True]
-    assert passed(dataclasses.replace(eager, perplexity=math.nan)) == [False, True, True, True]
+    assert passed(dataclasses.replace(eager, losses=(1.0, math.nan))) == [False, True, True, True]
     lost = trace.fused.pop(0)
     assert passed(eager) == [True, True, False, False]
     trace.missed.append(lost)

@@ -80,7 +80,7 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as for JSON."""
         return {
-            "variants": {name: asdict(measured) for name, measured in self.variants.items()},
+            "variants": {name: asdict(m) | {"perplexity": m.perplexity} for name, m in self.variants.items()},
             "kernels_per_token": self.kernels_per_token,
             "quantized": self.quantized.to_dict(),
             "report": self.report.to_dict(),
@@ -139,7 +139,7 @@ def run(model: Any, tokenizer: Any, options: Options | None = None, console: Con
         task = progress.add_task("compiling", total=2)
         with _timed(seconds, "compiling"):
             compile_model(model, numerics=options.numerics, cuda_graphs=options.cuda_graphs, dump_dir=folder)
-            runner.perplexity(windows[:1], lambda: progress.advance(task))
+            runner.losses(windows[:1], lambda: progress.advance(task))
             report = report_of(model)
             before = len(report.graphs)
             runner.generate(options.prompts[0], lambda: None, new_tokens=2)

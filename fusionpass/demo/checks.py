@@ -58,8 +58,14 @@ def judge(
 ) -> list[Check]:
     """Compare the compiled model with the eager one, and its report with what there was to fuse."""
     off = abs(compiled.perplexity / eager.perplexity - 1)
+    apart = torch.tensor(compiled.losses, dtype=torch.float64) - torch.tensor(eager.losses, dtype=torch.float64)
+    error = apart.std().item() / len(apart) ** 0.5
     checks = [
-        Check(f"perplexity of FP8 compiled within {PERPLEXITY:.1%} of FP8 eager", off <= PERPLEXITY, f"{off:.4%} apart")
+        Check(
+            f"perplexity of FP8 compiled within {PERPLEXITY:.1%} of FP8 eager",
+            off <= PERPLEXITY,
+            f"{off:.4%} apart, standard error {error:.4%}",
+        )
     ]
     same = eager.tokens == compiled.tokens
     if numerics == "eager":

@@ -26,15 +26,21 @@ class Measured:
     Attributes:
         answers: the text after each prompt.
         tokens: the same as token numbers.
-        perplexity: of the text, over `scored` tokens.
+        losses: mean negative log-likelihood per token of each window of the text.
+        scored: over how many tokens.
         seconds_per_token: median over the decode steps of all prompts.
     """
 
     answers: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
-    perplexity: float
+    losses: tuple[float, ...]
     scored: int
     seconds_per_token: float
+
+    @property
+    def perplexity(self) -> float:
+        """`exp` of the mean negative log-likelihood; all windows have the same number of tokens."""
+        return math.exp(statistics.fmean(self.losses))
 
 
 @dataclass
@@ -96,15 +102,15 @@ class Runner:
         return windows
 
     @torch.no_grad()
-    def perplexity(self, windows: torch.Tensor, tick: Tick) -> float:
-        """`exp` of the mean negative log-likelihood (fp64) of every token but the first of each window."""
-        total = 0.0
+    def losses(self, windows: torch.Tensor, tick: Tick) -> tuple[float, ...]:
+        """For each window, the mean (fp64) negative log-likelihood of every token but its first."""
+        found = []
         for ids in windows.split(1):
             self.cache.reset()
             logits = self.model(**self._inputs(ids)).logits[0, 1:-1].float()
-            total += functional.cross_entropy(logits, ids[0, 1:], reduction="none").double().sum().item()
+            found.append(functional.cross_entropy(logits, ids[0, 1:], reduction="none").double().mean().item())
             tick()
-        return math.exp(total / (windows.numel() - len(windows)))
+        return tuple(found)
 
     def measure(self, prompts: tuple[str, ...], windows: torch.Tensor, tick: Tick) -> Measured:
         """All of the above; `ticks` says how often `tick` is called at most."""
@@ -114,7 +120,7 @@ class Runner:
         return Measured(
             tuple(answers),
             tuple(tokens for tokens, _ in generated),
-            self.perplexity(windows, tick),
+            self.losses(windows, tick),
             windows.numel() - len(windows),
             statistics.median(steps) if steps else math.nan,
         )
