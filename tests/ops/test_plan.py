@@ -9,6 +9,9 @@ from fusionpass.arch import Arch
 from fusionpass.ops import add_rms_norm_quantize, quantize, rms_norm
 
 pytest.importorskip("triton")
+
+from fusionpass.ops.norm.triton import Config, configure  # noqa: E402
+
 H100 = Arch("sm_90")
 
 
@@ -77,6 +80,31 @@ def test_a_symbolic_token_count_adds_no_guard():
     assert launch is not None, why
     assert not isinstance(launch.grid[0], int)
     assert not environment.guards
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "itemsize", "expected"),
+    [
+        (None, 64, 2, Config(8, 4)),
+        (None, 576, 2, Config(1, 4)),
+        (64, 576, 2, Config(1, 4)),
+        (8192, 576, 2, Config(2, 4)),
+        (8192, 576, 4, Config(1, 8)),
+        (8192, 2048, 2, Config(1, 8)),
+        (None, 4096, 2, Config(1, 4)),
+        (None, 8192, 4, Config(1, 4)),
+        (None, 16384, 2, Config(1, 8)),
+    ],
+)
+def test_how_the_norm_is_cut(rows, width, itemsize, expected):
+    assert configure(H100, rows, width, itemsize) == expected
+    other = configure(Arch("gfx942"), rows, width, itemsize)
+    assert (other.rows, other.warps * 2) == (expected.rows, expected.warps)
+
+
+def test_measured_cells_overrule_the_rule():
+    assert configure(H100, 1024, 576) == Config(1, 1)
+    assert configure(Arch("sm_100"), 1024, 576) == Config(1, 4)
 
 
 def test_weight_and_scale_are_read_early_only_where_that_is_said_to_be_safe():

@@ -19,6 +19,8 @@ from ..rows import FLOATS, alike, row_count, row_stride, static
 
 WIDEST = 16384
 """Columns that one program holds in registers."""
+MANY = 4096
+"""Rows from which on starting their programs takes longer than short rows do."""
 
 
 @triton.jit
@@ -114,7 +116,9 @@ def configure(arch: Arch, rows: int | None, width: int, itemsize: int = 2) -> Co
     block = triton.next_power_of_2(width)
     loads = max(1, block * itemsize // 16)
     threads = loads if 128 <= loads <= 256 else max(128, block // 64)
-    return Config(max(1, min(16, 64 // loads)), threads // arch.warp_size)
+    # Starting a program takes a GPU over a nanosecond: many short rows are bound by that, so two share a program.
+    fewest = 2 if rows is not None and rows >= MANY and loads <= 128 else 1
+    return Config(max(fewest, min(16, 64 // loads)), threads // arch.warp_size)
 
 
 def plan_rms_norm(arch: Arch, x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> Launch | str:
