@@ -104,7 +104,7 @@ def test_the_command_runs_a_local_model(tmp_path, capsys):
     assert "model, 0 million parameters" in capsys.readouterr().out
     result = json.loads(found.read_text())
     assert [check["passed"] for check in result["checks"]] == [True] * 4
-    assert result["variants"]["FP8 compiled"]["scored"] > 20_000
+    assert result["variants"]["FP8 compiled"]["scored"] > 10_000
 
 
 def test_a_failed_check_is_the_exit_status(monkeypatch, tmp_path):
@@ -146,8 +146,8 @@ def test_a_long_prompt_keeps_its_end():
 def test_the_bundled_text():
     text, title = demo.bundled_text()
     assert title == "The Constitution of the United States of America"
-    assert len(text.split()) > 4000
-    assert text.strip().endswith("States so ratifying the Same.")
+    assert len(text.split()) > 2000
+    assert text.strip().endswith("or in such imminent Danger as will not admit of delay.")
 
 
 def test_norms_in_front_of_quantised_linears():

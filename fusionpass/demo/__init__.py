@@ -116,7 +116,7 @@ def run(model: Any, tokenizer: Any, options: Options | None = None, console: Con
     variants: dict[str, Measured] = {}
     seconds: dict[str, float] = {}
     where = torch.cuda.get_device_name() if model.device.type == "cuda" else "the CPU"
-    console.print(f"on {where}; perplexity on {title}, {windows.numel()} tokens", highlight=False)
+    console.print(f"on {where}; perplexity on {title}, {windows.numel()} tokens", highlight=False, soft_wrap=True)
 
     columns = (TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:

@@ -37,15 +37,18 @@ def fusions(console: Console, report: Report) -> None:
     places: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for record in report.fused:
         places[record.op, record.rule, record.backend, record.reason].append(record.where)
-    table = Table(title="What fused", title_justify="left", expand=True)
-    for column in ("op", "sites", "rule", "runs on", "where", "why this and no more"):
-        table.add_column(column, justify="right" if column == "sites" else "left", overflow="fold")
+    table = Table(title="What fused", title_justify="left")
+    table.add_column("op, by rule, run by", no_wrap=True)
+    table.add_column("sites", justify="right")
+    table.add_column("where, and why no more", overflow="fold")
     for (op, rule, backend, reason), paths in places.items():
-        table.add_row(op, str(len(paths)), rule, backend, "\n".join(folded(paths)), reason)
+        table.add_row(
+            f"{op}\n  {rule}, {backend}", str(len(paths)), "\n".join([*folded(paths), f"[dim]{reason}[/dim]"])
+        )
     console.print(table)
     for title, records in (("refused", report.refused), ("missed", report.missed)):
         for record in records:
-            console.print(f"{title}: {record}", style="yellow", markup=False)
+            console.print(f"{title}: {record}", style="yellow", markup=False, soft_wrap=True)
 
 
 def folded(paths: list[str]) -> list[str]:
@@ -79,4 +82,4 @@ def verdicts(console: Console, checks: list[Check]) -> None:
     """One line for each check."""
     for check in checks:
         mark, style = ("ok  ", "green") if check.passed else ("FAIL", "bold red")
-        console.print(f"{mark} {check.name}: {check.seen}", style=style, markup=False, highlight=False)
+        console.print(f"{mark} {check.name}: {check.seen}", style=style, markup=False, highlight=False, soft_wrap=True)
