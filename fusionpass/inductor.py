@@ -222,24 +222,28 @@ def _launch_kernel_class() -> type:
         def codegen(self, wrapper: Any) -> None:
             # Inductor shares a definition between launches whose arguments agree; ours may differ in warps or PDL too.
             self.kwargs["launch options"] = str(self.launch.options())
+            define = wrapper.define_kernel
+
+            def define_as_planned(name: str, body: str, *args: Any, **kwargs: Any) -> Any:
+                return define(name, _as_planned(body, self.launch), *args, **kwargs)
+
             try:
-                self._define_and_call(wrapper)
+                with mock.patch.object(wrapper, "define_kernel", define_as_planned):
+                    super().codegen(wrapper)
             finally:
                 del self.kwargs["launch options"]
 
-        def _define_and_call(self, wrapper: Any) -> None:
-            if not self.launch.pdl:
-                super().codegen(wrapper)
-                return
-            define = wrapper.define_kernel
-
-            def define_with_pdl(name: str, body: str, *args: Any, **kwargs: Any) -> Any:
-                # A user's kernel has no way to ask for PDL before 2.14; the flag sits where Inductor puts its own.
-                marked = body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1)
-                assert marked != body, "Inductor no longer writes triton_meta={...}"
-                return define(name, marked, *args, **kwargs)
-
-            with mock.patch.object(wrapper, "define_kernel", define_with_pdl):
-                super().codegen(wrapper)
-
     return LaunchKernel
+
+
+def _as_planned(body: str, launch: Launch) -> str:
+    """Inductor's definition of a kernel, with what it has no way to be told: float32 numbers, and PDL before 2.14."""
+    head = "triton_meta={"
+    assert head in body, "Inductor no longer writes triton_meta={...}"
+    if launch.pdl:
+        body = body.replace(head, f"{head}'launch_pdl': True, ", 1)
+    for name, value in launch.args.items():
+        if isinstance(value, float):
+            # Inductor types a Python float as float64, and then the kernel computes with it in float64.
+            body = body.replace(f"'{name}': 'fp64'", f"'{name}': 'fp32'", 1)
+    return body

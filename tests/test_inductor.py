@@ -97,6 +97,13 @@ def test_programmatic_dependent_launch_reaches_the_kernel() -> None:
     assert asked == ("'launch_pdl': True" in source), "a kernel that waits is launched with PDL, and no other"
 
 
+def test_numbers_reach_the_kernel_in_float32() -> None:
+    source, _ = generated("sm_90")
+    (signature,) = set(re.findall(r"'signature': (\{[^}]*'x_row'[^}]*\})", source))
+    assert "fp64" not in signature
+    assert ast.literal_eval(signature)["eps"] in ("fp32", "constexpr")
+
+
 def test_launches_of_one_kernel_keep_their_own_options() -> None:
     """Inductor shares a definition between launches with equal arguments; warps and PDL are not among them."""
     triton = pytest.importorskip("triton")

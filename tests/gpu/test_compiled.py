@@ -159,7 +159,7 @@ def test_quantised_llama_generates_alike() -> None:
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
     ids = torch.randint(0, 1024, (1, 24), device="cuda")
-    fusionpass.quantize_(model, "fp8_static", calibration=[{"input_ids": ids}])
+    fusionpass.quantize_(model, "fp8_static", calibration=[{"input_ids": ids}], skip=("lm_head",))
     expected = model(input_ids=ids, use_cache=False).logits
     fusionpass.compile(model, numerics="eager")
     got = model(input_ids=ids, use_cache=False).logits
