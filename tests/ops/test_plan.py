@@ -10,7 +10,7 @@ from fusionpass.ops import add_rms_norm_quantize, quantize, rms_norm
 
 pytest.importorskip("triton")
 
-from fusionpass.ops.norm.triton import Config, configure  # noqa: E402
+from fusionpass.ops.norm.triton import Config, configure
 
 H100 = Arch("sm_90")
 
