@@ -51,7 +51,7 @@ def test_an_arch_is_a_value():
     ],
 )  # fmt: skip
 def test_unknown_names(name, guess):
-    with pytest.raises(ArchError, match="is not a known target.*Known: cpu, gfx942, gfx950, sm_100") as raised:
+    with pytest.raises(ArchError, match=r"is not a known target.*Known: cpu, gfx942, gfx950, sm_100") as raised:
         Arch(name)
     assert repr(name) in str(raised.value)
     assert f"Did you mean '{guess}" in str(raised.value) if guess else True
@@ -74,7 +74,7 @@ def _gpu(major=0, minor=0, gcn=""):
 )
 def test_the_target_of_a_device(properties, hip, name):
     with (
-        mock.patch.object(torch.cuda, "get_device_properties", lambda device: properties),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
         mock.patch.object(torch.version, "hip", hip),
     ):
         assert Arch.of(torch.device("cuda", 0)) == Arch(name)

@@ -92,7 +92,7 @@ def test_mistakes(overrides, message):
 def test_a_mistake_is_told_before_anything_is_compiled(call):
     with pytest.raises(ConfigError, match="Did you mean 'numerics'"):
         call(torch.nn.Identity(), numeric="eager")
-    with pytest.raises(ConfigError, match="Did you mean 'norm.llama'"):
+    with pytest.raises(ConfigError, match=r"Did you mean 'norm\.llama'"):
         call(torch.nn.Identity(), disable={"norm.lama"})
 
 

@@ -26,7 +26,7 @@ def test_what_where_and_the_next_step(arguments, text):
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_each_is_caught_by_the_base_and_says_what_it_is_for(cls):
-    with pytest.raises(FusionpassError, match="^there: what. next$"):
+    with pytest.raises(FusionpassError, match=r"^there: what\. next$"):
         raise cls("what", "there", "next")
     assert cls.__doc__
     assert cls.__name__ == "FusionpassError" or cls.__name__.endswith("Error")
@@ -41,9 +41,7 @@ def test_they_survive_a_process_boundary(cls):
 
 
 def test_nearest_names_the_closest_and_all():
-    assert (
-        nearest("norm.lama", ["quant.fp8", "norm.llama"]) == "Did you mean 'norm.llama'? Known: norm.llama, quant.fp8"
-    )
+    assert nearest("norm.lama", ["quant", "norm.llama"]) == "Did you mean 'norm.llama'? Known: norm.llama, quant"
 
 
 def test_nearest_does_not_guess_wildly():

@@ -2,9 +2,12 @@
 
 import contextlib
 import contextvars
+import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from .trace import GraphTrace
 
@@ -36,12 +39,49 @@ def write_graph(folder: Path, trace: GraphTrace) -> Path:
 
 
 @contextlib.contextmanager
+def _decompiled(folder: Path) -> Iterator[None]:
+    """Let depyf write under `folder` what Dynamo compiles inside the block.
+
+    depyf gives up on some bytecode (0.20: on any function with a closure, by endless recursion), and puts its own
+    decompilation in the place of what Dynamo made. Here it only writes, and its failure costs its files, not the run.
+    """
+    import depyf
+    from depyf.explain import enable_debugging as debugging
+
+    decompile, full_source = debugging.DebuggableHook.__call__, depyf.explain.dump_src
+
+    def attempt(function: Callable[..., Any], code: types.CodeType, *args: Any) -> Any:
+        try:
+            return function(*args)
+        except Exception as error:
+            with (folder / "failed.txt").open("a") as file:
+                file.write(f"{code.co_qualname}: {type(error).__name__}: {error}\n")
+            return None
+
+    def hook(self: Any, code: types.CodeType, new_code: types.CodeType) -> None:
+        attempt(decompile, code, self, code, new_code)
+
+    def source(code: types.CodeType, module: Any) -> str:
+        return attempt(full_source, code, code, module) or "# depyf could not decompile this: see failed.txt\n"
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(debugging.DebuggableHook, "__call__", hook))
+        stack.enter_context(mock.patch.object(depyf.explain, "dump_src", source))
+        with warnings.catch_warnings():
+            # It says each time that it is a debugger.
+            warnings.simplefilter("ignore")
+            stack.enter_context(depyf.prepare_debug(str(folder)))
+        yield
+
+
+@contextlib.contextmanager
 def dump(path: str | Path) -> Iterator[Path]:
     """Write every graph that is compiled inside the block under `path`.
 
     For each: numbered files before the first pass and after each one, as readable Python; the Triton or C++ code that
-    Inductor generated; the records of the report. depyf's decompiled bytecode goes to `path/depyf`. Inductor's caches
-    are off inside the block, since depyf finds nothing in a warm one.
+    Inductor generated; the records of the report. depyf's decompiled bytecode goes to `path/depyf`, or to
+    `path/depyf/failed.txt` why there is none. Inductor's caches are off inside the block, since depyf finds nothing in
+    a warm one.
 
     Args:
         path: a folder, made if missing; files that are there stay.
@@ -52,7 +92,6 @@ def dump(path: str | Path) -> Iterator[Path]:
     Warns:
         UserWarning: nothing was compiled inside the block, for example because the model had run before.
     """
-    import depyf
     from torch._inductor import config as inductor_config
 
     folder = Path(path)
@@ -60,7 +99,7 @@ def dump(path: str | Path) -> Iterator[Path]:
     before = set(folder.iterdir())
     token = _ACTIVE.set(folder)
     try:
-        with inductor_config.patch(force_disable_caches=True), depyf.prepare_debug(str(folder / "depyf")):
+        with inductor_config.patch(force_disable_caches=True), _decompiled(folder / "depyf"):
             yield folder
     finally:
         _ACTIVE.reset(token)

@@ -1,0 +1,151 @@
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo.config
+import torch._functorch.config
+import torch._inductor.config
+
+import fusionpass
+from tests.models import Block, LlamaNorm
+
+PASSES = ["captured", "normalize", "recognise", "fuse", "lower", "cleanup"]
+
+
+@pytest.fixture
+def block():
+    return Block(16)
+
+
+def _inputs(tokens=3):
+    return torch.randn(tokens, 16).bfloat16(), torch.randn(tokens, 16).bfloat16()
+
+
+def _settings():
+    modules = (torch._inductor.config, torch._dynamo.config, torch._functorch.config)
+    return [{k: repr(v) for k, v in module.shallow_copy_dict().items()} for module in modules]
+
+
+def _check_graph(folder: Path):
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [*(f"{i:02d}_{name}.py" for i, name in enumerate(PASSES)), "06_generated.py", "report.txt"]
+    sources = {re.sub(r"^\d+_|\.py$", "", name): (folder / name).read_text() for name in names}
+    for name in [*PASSES, "generated"]:
+        compile(sources[name], name, "exec")
+    assert "aten.rsqrt.default(" in sources["captured"]
+    assert "fusionpass" not in sources["normalize"]
+    assert sources["recognise"].count("torch.ops.fusionpass.rms_norm.default(") == 1
+    assert sources["fuse"].count("torch.ops.fusionpass.add_rms_norm_quantize.default(") == 1
+    assert "torch.ops.fusionpass" not in sources["cleanup"], "a CPU has no kernel: plain aten again"
+    assert "def call(" in sources["generated"]
+    (record,) = sources["report.txt"].splitlines()
+    assert record.startswith("fused: norm: add_rms_norm_quantize [fp8_static, norm.add_quantize, inductor]")
+
+
+def test_dump(block, tmp_path):
+    before = _settings()
+    with fusionpass.dump(tmp_path / "new" / "folder") as folder, torch.no_grad():
+        assert folder == tmp_path / "new" / "folder"
+        fusionpass.compile(block)(*_inputs())
+    assert _settings() == before
+    assert sorted(path.name for path in folder.iterdir()) == ["depyf", "graph_000", "index.txt"]
+    _check_graph(folder / "graph_000")
+    assert (folder / "index.txt").read_text().split() == ["depyf", "graph_000"]
+    # The generator in Block.forward makes a closure, which depyf fails on.
+    assert "Block.forward: RecursionError" in (folder / "depyf" / "failed.txt").read_text()
+
+
+def test_depyf_writes_what_it_can_and_replaces_nothing(tmp_path):
+    norm = LlamaNorm(16)
+    x, _ = _inputs()
+    with fusionpass.dump(tmp_path), torch.no_grad():
+        fusionpass.compile(norm)(x)
+    names = {path.name for path in (tmp_path / "depyf").iterdir()}
+    assert {"__transformed_code_0_for_forward.py", "full_code_for_forward_0.py"} <= names
+    assert "failed.txt" not in names
+    assert "def transformed_forward(" in (tmp_path / "depyf" / "full_code_for_forward_0.py").read_text()
+    (entry,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(LlamaNorm.forward)
+    assert entry.code.co_filename == LlamaNorm.forward.__code__.co_filename
+
+
+def test_a_graph_of_each_kind_of_input_and_nothing_overwritten(block, tmp_path):
+    kept = tmp_path / "graph_000" / "mine.txt"
+    kept.parent.mkdir()
+    kept.write_text("kept")
+    other = Block(32)
+    with fusionpass.dump(tmp_path), torch.no_grad():
+        fusionpass.compile(block)(*_inputs())
+        fusionpass.compile(other)(torch.randn(2, 32).bfloat16(), torch.randn(2, 32).bfloat16())
+    assert [path.name for path in kept.parent.iterdir()] == ["mine.txt"]
+    for name in ("graph_000.1", "graph_000.2"):
+        _check_graph(tmp_path / name)
+    assert ", 32]" in (tmp_path / "graph_000.2" / "00_captured.py").read_text()
+
+
+def test_it_warns_where_nothing_was_compiled(block, tmp_path):
+    with torch.no_grad():
+        fusionpass.compile(block)(*_inputs())
+        expected = pytest.warns(UserWarning, match=r"nothing was compiled inside fusionpass\.dump")
+        with expected as caught, fusionpass.dump(tmp_path):
+            block(*_inputs())
+    assert [w.filename for w in caught] == [__file__], "it points at the block"
+
+
+def test_afterwards_nothing_is_written(block, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with fusionpass.dump(tmp_path):
+            pass
+    with torch.no_grad():
+        fusionpass.compile(block)(*_inputs())
+    assert not list(tmp_path.glob("graph_*"))
+
+
+def test_an_exception_passes_and_restores_everything(block, tmp_path):
+    before = _settings()
+    fusionpass.compile(block)
+
+    def run():
+        with torch.no_grad(), fusionpass.dump(tmp_path):
+            block(*_inputs())
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        run()
+    assert _settings() == before
+    _check_graph(tmp_path / "graph_000")
+    torch._dynamo.reset()
+    with torch.no_grad():
+        block(*_inputs())
+    assert [path.name for path in tmp_path.glob("graph_*")] == ["graph_000"]
+
+
+def test_config_dump_dir(block, tmp_path):
+    before = _settings()
+    with torch.no_grad():
+        fusionpass.compile(block, dump_dir=tmp_path / "a")
+        block(*_inputs())
+        _check_graph(tmp_path / "a" / "graph_000")
+        # Inductor's own cache is warm now, and the folder must not depend on it.
+        torch._dynamo.reset()
+        fusionpass.compile(block, dump_dir=tmp_path / "b")
+        block(*_inputs())
+    _check_graph(tmp_path / "b" / "graph_000")
+    assert _settings() == before
+
+
+def test_both_folders_are_written(block, tmp_path):
+    with torch.no_grad(), fusionpass.dump(tmp_path / "outer"):
+        fusionpass.compile(block, dump_dir=tmp_path / "own")(*_inputs())
+    _check_graph(tmp_path / "outer" / "graph_000")
+    _check_graph(tmp_path / "own" / "graph_000")
+
+
+def test_what_did_not_fuse_is_in_the_report_file(block, tmp_path):
+    with torch.no_grad():
+        fusionpass.compile(block, dump_dir=tmp_path, disable={"norm.add_quantize"})(*_inputs())
+    text = (tmp_path / "graph_000" / "report.txt").read_text()
+    assert "fused: norm: add_rms_norm [norm.add, inductor]" in text
+    assert "add_rms_norm_quantize [norm.add_quantize] norm.add_quantize is disabled by Config.disable" in text
