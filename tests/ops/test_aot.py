@@ -52,12 +52,12 @@ def test_compiles(op, name):
         assert text.count("bar.sync") <= 2
 
 
-@pytest.mark.parametrize("op", [op for op in WITH_KERNELS if "norm" in op.name], ids=lambda op: op.name)
-def test_waits_before_it_launches_its_dependents(op):
-    """Inductor's own kernels count on everything older than the kernel just before them to be finished."""
+@pytest.mark.parametrize("op", WITH_KERNELS, ids=lambda op: op.name)
+def test_waits_and_loads_before_it_launches_its_dependents(op):
+    """Inductor's own kernels count on it: on what is older than the kernel before them, and to reuse what it read."""
     text = compiled(op, "sm_90")
     wait, launch = text.index("griddepcontrol.wait"), text.index("griddepcontrol.launch_dependents")
-    assert wait < launch < text.index("ld.global")
+    assert wait < text.index("ld.global") <= text.rindex("ld.global") < launch < text.index("st.global")
     launched, _ = plan(op, "sm_90")
     early = compile_launch(launched.reading_early(), Arch("sm_90"))["ptx"]
     assert early.index("ld.global") < early.index("griddepcontrol.wait")

@@ -64,8 +64,6 @@ def norm_kernel(
         mask = inside & (row < rows)
     if PDL:
         gdc_wait()
-        # Not before the wait: the next kernel may count on everything older than this one to be finished.
-        gdc_launch_dependents()
     h = tl.load(x + row * x_row + columns, mask, other=0.0).to(tl.float32)
     if residual is not None:
         h += tl.load(residual + row * residual_row + columns, mask, other=0.0).to(tl.float32)
@@ -74,6 +72,10 @@ def norm_kernel(
         w = tl.load(weight + columns, inside, other=0.0, eviction_policy="evict_last")
         if scale is not None:
             step = tl.load(scale).to(tl.float32)
+    if PDL:
+        # As late as Inductor's own kernels: the next one may count on everything older than this one to be finished,
+        # and may write to memory that this one has read.
+        gdc_launch_dependents()
     if residual is not None:
         rounded = h.to(x.dtype.element_ty)
         if total is not None:

@@ -60,11 +60,12 @@ def quantize_kernel(
         step = tl.load(scale).to(tl.float32)
     if PDL:
         gdc_wait()
-        # Not before the wait: the next kernel may count on everything older than this one to be finished.
-        gdc_launch_dependents()
     if not EARLY:
         step = tl.load(scale).to(tl.float32)
     y = tl.load(source + columns, columns < left, other=0.0).to(tl.float32)
+    if PDL:
+        # Here as in the norm's kernel, and for its reasons.
+        gdc_launch_dependents()
     y = encode(y, step, LIMIT, DIVIDE)
     tl.store(target + columns, y.to(q.dtype.element_ty), columns < left)
 
