@@ -1,0 +1,44 @@
+"""The examples run as a user runs them: programs of their own, the package on the path and not installed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = {
+    "backend_string": "Block: 2 fused, 0 refused, 0 missed; 1 graphs",
+    "hf_generate": "LlamaForCausalLM: 5 fused, 0 refused, 0 missed; 2 graphs",
+    "own_model": "Model: 2 fused, 0 refused, 0 missed; 1 graphs",
+    "own_op": "Head: 1 fused, 0 refused, 0 missed; 1 graphs",
+}
+
+
+def _run(name, **environment):
+    if name == "hf_generate":
+        pytest.importorskip("transformers")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("FUSIONPASS_")}
+    env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment}
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py")]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+
+
+def test_every_example_is_run():
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == EXAMPLES.keys()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "hf_generate" else n for n in EXAMPLES]
+)
+def test_example(name):
+    done = _run(name)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert EXAMPLES[name] in done.stdout
+
+
+def test_an_example_fails_where_nothing_fuses():
+    done = _run("backend_string", FUSIONPASS_DISABLE="norm.llama")
+    assert done.returncode != 0
+    assert "norm.llama is disabled by Config.disable" in done.stderr
