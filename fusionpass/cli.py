@@ -34,7 +34,7 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     demo.add_argument("--model", type=Path, metavar="DIR", help="a local Hugging Face model; default: SmolLM2-135M")
     demo.add_argument("--device", help="default: cuda where there is one, else cpu")
     demo.add_argument("--prompt", action="append", help="what to answer; may be given several times")
-    demo.add_argument("--tokens", type=_positive, default=32, help="tokens to generate after each prompt (32)")
+    demo.add_argument("--tokens", type=_positive, default=24, help="tokens to generate after each prompt (24)")
     demo.add_argument("--window", type=_positive, default=256, help="tokens of context (256)")
     demo.add_argument("--numerics", choices=("eager", "fast"), default="eager", help="which roundings to keep (eager)")
     demo.add_argument("--cuda-graphs", choices=("auto", "off"), default="auto", help="as in fusionpass.Config (auto)")

@@ -54,7 +54,7 @@ class Options:
     prompts: tuple[str, ...] = PROMPTS
     text: str | None = None
     window: int = 256
-    new_tokens: int = 32
+    new_tokens: int = 24
     numerics: str = "eager"
     cuda_graphs: str = "auto"
     dump_dir: Path | None = None
