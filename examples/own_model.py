@@ -56,8 +56,8 @@ def main() -> None:
     assert compiled is model, "compiled in place"
     error = ((model(x) - eager).float().norm() / eager.float().norm()).item()
     print(f"compiled against eager: {error:.2e}")
-    # 0 on a CPU from torch 2.13; before it Inductor leaves out roundings to bfloat16, so that one code in some twenty is
-    # the one beside eager's, 6 % away.
+    # 0 on a CPU from torch 2.13; before it Inductor leaves out roundings to bfloat16, so that some codes are the one
+    # beside eager's, 6 % away.
     assert error < 0.03
 
     report = fusionpass.report(model)
