@@ -5,6 +5,7 @@ with and without a CUDA graph. `python -m bench.wrapper --out FILE`.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -70,6 +71,10 @@ def host_time(call: Callable[[], Any], repeats: int = 30) -> float:
     return statistics.median(samples)
 
 
+def _call(function: Callable[[], Any], _: int) -> Any:
+    return function()
+
+
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -85,9 +90,9 @@ def main() -> None:
             torch._dynamo.reset()
             x, residual = (torch.randn(tokens, arguments.hidden, dtype=torch.bfloat16, device="cuda") for _ in range(2))
             for name, chain in variants(arguments.hidden).items():
-                chain(x, residual)
-                graph = statistics.median(time_calls(lambda i, f=chain: f(x, residual), 1)) / ROUNDS
-                host = host_time(lambda f=chain: f(x, residual)) / ROUNDS
+                call = functools.partial(chain, x, residual)
+                graph = statistics.median(time_calls(functools.partial(_call, call), 1)) / ROUNDS
+                host = host_time(call) / ROUNDS
                 rows.append({"tokens": tokens, "launched": name, "graph_us": graph, "host_us": host})
     print(f"{'tokens':>6}  {'launched by':<16} {'µs a round, CUDA graph':>24} {'without one':>12}")
     for row in rows:

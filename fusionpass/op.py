@@ -25,11 +25,14 @@ class Tolerance:
         ulp: largest distance in units in the last place of the output's dtype (8-bit codes: one step is one ulp).
         fraction: largest share of elements that may differ at all.
         fp32_ulp: largest distance where the output is float32, which no later rounding hides.
+        floor: differences up to this share of the tensor's largest finite magnitude do not count, for functions that
+            cancel: `1 + erf(x)` of a very negative `x` has no correct digits in the reference either.
     """
 
     ulp: int = 0
     fraction: float = 0.0
     fp32_ulp: int = 0
+    floor: float = 0.0
 
 
 EXACT = Tolerance()

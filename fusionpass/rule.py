@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .errors import RuleError
+from .errors import ArgumentError, RuleError
 from .graphs import CAST, aten
 from .match import Pattern
 from .op import Op
@@ -22,7 +22,7 @@ from .passes.normalize import normalize
 HALF = torch.bfloat16
 """The dtype that stands for either 16-bit float in a traced spelling."""
 
-_ANCHORS = (aten.rsqrt.default, aten.var_mean.correction, aten.sigmoid.default, aten.erf.default, aten.tanh.default)
+_ANCHORS = (aten.rsqrt.default, aten.var_mean.correction, aten.erf.default, aten.tanh.default, aten.exp.default)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,10 @@ class Spelling:
             found: dict[str, Pattern] = {}
             for dtypes in itertools.product((HALF, torch.float32), repeat=len(free)):
                 inputs = {**tensors, **{k: tensors[k].to(d) for k, d in zip(free, dtypes, strict=True)}}
-                graph = self._trace(inputs, scalars)
+                try:
+                    graph = self._trace(inputs, scalars)
+                except ArgumentError:
+                    continue  # the op does not take this combination
                 found.setdefault(f"{graph} {dtypes}", Pattern(graph, list(inputs), scalars, HALF, _anchor(graph)))
         return list(found.values())
 

@@ -68,8 +68,8 @@ class Difference:
         return self.ulp <= tolerance.ulp and self.different <= allowed
 
 
-def difference(actual: torch.Tensor, expected: torch.Tensor) -> Difference:
-    """How far `actual` is from `expected`.
+def difference(actual: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> Difference:
+    """How far `actual` is from `expected`; differences up to `floor` times the largest magnitude count as none.
 
     Raises:
         AssertionError: their shapes or dtypes are not the same.
@@ -77,6 +77,9 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> Difference:
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)
     distance = ulp_distance(actual, expected)
+    if floor and distance.numel():
+        largest = expected.double().nan_to_num(0, 0, 0).abs().max()
+        distance = torch.where((actual.double() - expected.double()).abs() <= floor * largest, 0, distance)
     return Difference(
         int(distance.max()) if distance.numel() else 0, int((distance > 0).sum()), distance.numel(), actual.dtype
     )

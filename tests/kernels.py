@@ -12,10 +12,23 @@ from hypothesis import strategies as st
 from fusionpass.arch import Arch
 from fusionpass.launch import Empty
 from fusionpass.op import EXACT, Op
-from fusionpass.ops import add_rms_norm, add_rms_norm_quantize, quantize, rms_norm, rms_norm_quantize
+from fusionpass.ops import (
+    add_rms_norm,
+    add_rms_norm_quantize,
+    gelu_mul,
+    gelu_mul_quantize,
+    quantize,
+    rms_norm,
+    rms_norm_quantize,
+    silu_mul,
+    silu_mul_quantize,
+)
 from fusionpass.testing import difference, exact, relative_error
 
-KERNEL_OPS = (quantize, rms_norm, add_rms_norm, rms_norm_quantize, add_rms_norm_quantize)
+KERNEL_OPS = (
+    quantize, rms_norm, add_rms_norm, rms_norm_quantize, add_rms_norm_quantize,
+    silu_mul, gelu_mul, silu_mul_quantize, gelu_mul_quantize,
+)  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 POISON = 0xA5
 GUARD = 256
@@ -51,7 +64,7 @@ def check(op: Op, arch: Arch, arguments: Mapping[str, Any], early: bool = False)
         # A wide weight makes the product float32, but the normalised value in it was rounded as x is.
         narrow = output.dtype == torch.float32 and name == "norm"
         kind = arguments["x"].dtype if narrow else output.dtype
-        found = difference(output.to(kind), want.to(kind))
+        found = difference(output.to(kind), want.to(kind), op.tolerance.get(name, EXACT).floor)
         assert found.within(op.tolerance.get(name, EXACT)), f"{name}: {found}"
     compare_with_exact(op, arguments, outputs, expected)
     return outputs
@@ -101,10 +114,11 @@ def arguments_for(
 ) -> dict[str, Any]:
     """Arguments of `op` by the names in its signature."""
     dtype = draw(st.sampled_from(DTYPES))
-    made: dict[str, Any] = {"x": draw(values(shape, dtype, device))}
     wanted = op.signature.parameters
-    if "residual" in wanted:
-        made["residual"] = draw(values(shape, dtype, device))
+    activations = [name for name in ("x", "residual", "gate", "up") if name in wanted]
+    made: dict[str, Any] = {name: draw(values(shape, dtype, device)) for name in activations}
+    if "approximate" in wanted:
+        made["approximate"] = draw(st.sampled_from(["none", "tanh"]))
     if "weight" in wanted:
         generator = torch.Generator(device).manual_seed(draw(st.integers(0, 2**31)))
         weight = torch.randn(shape[-1], generator=generator, device=device)

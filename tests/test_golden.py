@@ -71,6 +71,24 @@ def two_scales(x: torch.Tensor, scale: torch.Tensor) -> Any:
     return static(y, scale), static(y, scale + 1)
 
 
+def silu_mul(x: torch.Tensor, up: torch.Tensor) -> Any:
+    return torch.nn.functional.silu(x) * up
+
+
+def silu_mul_packed_quantize(packed: torch.Tensor, scale: torch.Tensor) -> Any:
+    gate, up = packed.chunk(2, dim=-1)
+    return static(up * torch.nn.functional.silu(gate), scale)
+
+
+def gelu_mul_quantize(x: torch.Tensor, up: torch.Tensor, scale: torch.Tensor) -> Any:
+    return static(torch.nn.functional.gelu(x) * up, scale)
+
+
+def gelu_tanh_mul_quantize_product_read(x: torch.Tensor, up: torch.Tensor, scale: torch.Tensor) -> Any:
+    product = torch.nn.functional.gelu(x, approximate="tanh") * up
+    return static(product, scale), product.sum()
+
+
 def sum_read_before_the_norm(x: torch.Tensor, residual: torch.Tensor, scale: torch.Tensor) -> Any:
     total = x + residual
     early = total.abs()
@@ -91,6 +109,10 @@ CASES: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = [
     (view_in_between, (X, R, SCALE)),
     (two_scales, (X, SCALE)),
     (sum_read_before_the_norm, (X, R, SCALE)),
+    (silu_mul, (X, R)),
+    (silu_mul_packed_quantize, (torch.zeros(15, 2 * WIDTH, dtype=torch.bfloat16), SCALE)),
+    (gelu_mul_quantize, (X, R, SCALE)),
+    (gelu_tanh_mul_quantize_product_read, (X, R, SCALE)),
 ]
 
 

@@ -57,6 +57,31 @@ def test_scale_of_any_shape(scale: torch.Tensor) -> None:
     assert fusionpass.explain(static, X, scale).count("quantize", scheme="fp8_static") == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_spellings_of_gated_activations(name: str, dtype: torch.dtype, packed: bool) -> None:
+    nn = torch.nn.functional
+    act = {"silu": nn.silu, "gelu": nn.gelu, "gelu_tanh": lambda x: nn.gelu(x, approximate="tanh")}[name]
+
+    def function(x: torch.Tensor, up: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        if packed:
+            x, up = torch.cat([x, up], -1).split(WIDTH, -1)
+        return static(up * act(x), scale)
+
+    report = fusionpass.explain(function, X.to(dtype), X.to(dtype) + 1, SCALE)
+    assert report.count(f"{name.partition('_')[0]}_mul_quantize", scheme="fp8_static") == 1, str(report)
+    assert not report.missed
+
+
+def ungated(x: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(x)
+
+
+def softmax(x: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(x, -1)
+
+
 def no_anchor(x: torch.Tensor) -> torch.Tensor:
     return x + 1
 
@@ -103,6 +128,7 @@ def other_type(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 MISSED: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...], str, str]] = [
+    (ungated, (X, X), "activation.silu_mul", "expected aten.mul.Tensor to read it, found the output output"),
     (other_axis, (X, WEIGHT), "norm.llama", "expected the constant [-1], found [-2]"),
     (cubed, (X, WEIGHT), "norm.llama", "expected the constant 2, found 3"),
     (late_cast, (X, WEIGHT), "norm.llama", "then at"),
@@ -126,7 +152,7 @@ def test_near_misses_name_the_rule_and_the_place(
     assert "test_match.py" in missed.source
 
 
-@pytest.mark.parametrize(("spelled", "args"), [(no_anchor, (X,)), (other_type, (X, SCALE))])
+@pytest.mark.parametrize(("spelled", "args"), [(no_anchor, (X,)), (other_type, (X, SCALE)), (softmax, (X, X))])
 def test_what_looks_like_nothing_is_not_reported(spelled: Callable[..., Any], args: tuple[torch.Tensor, ...]) -> None:
     report = fusionpass.explain(spelled, *args)
     assert (report.fused, report.refused, report.missed) == ([], [], [])

@@ -13,4 +13,4 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """Instead of the CPU tests' fixture: deterministic mode would change what Inductor generates. Kernels' tests poison."""
+    """Instead of the CPU tests' fixture: deterministic mode changes Inductor's code; the kernels' tests poison."""

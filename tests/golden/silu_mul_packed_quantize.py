@@ -1,0 +1,16 @@
+import torch
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+def forward(
+    arg0_1,  # bf16[15, 128]
+    arg1_1,  # f32[]
+):
+    split = aten.split.Tensor(arg0_1, 64, -1)  # bf16[15, 64] strides (128, 1), bf16[15, 64] strides (128, 1)
+    getitem = split[0]  # bf16[15, 64] strides (128, 1)
+    getitem_1 = split[1]  # bf16[15, 64] strides (128, 1)
+    silu_mul_quantize_default = torch.ops.fusionpass.silu_mul_quantize.default(getitem, getitem_1, arg1_1, 'fp8_static', False)  # e4m3[15, 64]
+    getitem_3 = silu_mul_quantize_default[0]  # e4m3[15, 64]
+    return (getitem_3,)
+
