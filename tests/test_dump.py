@@ -25,7 +25,12 @@ def _inputs(tokens=3):
 
 def _settings():
     modules = (torch._inductor.config, torch._dynamo.config, torch._functorch.config)
-    return [{k: repr(v) for k, v in module.shallow_copy_dict().items()} for module in modules]
+    return [{k: _text(v) for k, v in module.shallow_copy_dict().items()} for module in modules]
+
+
+def _text(value):
+    # As text, so that a list that is changed in place is seen; equal sets need not print alike.
+    return repr(sorted(value, key=repr) if isinstance(value, set | frozenset) else value)
 
 
 def _check_graph(folder: Path):
