@@ -1,6 +1,6 @@
 """The matcher: structural, commutative, starts at a rare node, and remembers how far it got."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,11 +30,14 @@ class Match:
         """The graph nodes that the op replaces."""
         return {g for p, g in self.nodes.items() if p.op == "call_function"}
 
-    def leak(self) -> tuple[Node, Node] | None:
-        """A replaced node that somebody else reads too; the root, casts of inputs and single numbers are free."""
-        inside = self.interior()
+    def leak(self, others: Iterable["Match"]) -> tuple[Node, Node] | None:
+        """A replaced node that somebody else reads too; the root, casts of inputs and single numbers are free.
+
+        What `others` replace as well is nobody else: two norms of one tensor share all but their weights.
+        """
+        inside = set().union(*(match.interior() for match in others), self.interior())
         inputs = {g for p, g in self.nodes.items() if p.op == "placeholder"}
-        for node in sorted(inside - {self.root}):
+        for node in sorted(self.interior() - {self.root}):
             val = value(node)
             if (node.target is CAST and node.args[0] in inputs) or (val is not None and val.dim() == 0):
                 continue
@@ -100,19 +103,18 @@ class Pattern:
             return False
         return self.anchor.target is not CAST or bool(node.args[1] == self.anchor.args[1])
 
-    def search(self, anchor: Node) -> Match | Attempt:
-        """The match around `anchor`, or how far the search got."""
+    def search(self, anchor: Node) -> list[Match] | Attempt:
+        """The matches around `anchor`, one for each root that can be reached from it, or how far the search got."""
         attempt = Attempt(total=self.size)
         start = _State({}, {}, None)
+        found: dict[Node, Match] = {}
         for state in self._node(start, self.anchor, anchor, attempt):
             for done in self._forward(state, attempt):
-                arguments = {
-                    name: done.nodes[p]
-                    for name, p in zip(self.names, self._placeholders(), strict=True)
-                    if p in done.nodes
-                }
-                return Match(done.nodes, done.nodes[self.root], {**arguments, **done.scalars})
-        return attempt
+                root = done.nodes[self.root]
+                inputs = zip(self.names, self._placeholders(), strict=True)
+                arguments = {name: done.nodes[p] for name, p in inputs if p in done.nodes}
+                found.setdefault(root, Match(done.nodes, root, {**arguments, **done.scalars}))
+        return list(found.values()) or attempt
 
     def _placeholders(self) -> list[Node]:
         return self.graph.find_nodes(op="placeholder")

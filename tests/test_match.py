@@ -170,6 +170,16 @@ def test_a_second_reader_of_the_reduction_is_refused() -> None:
     assert "is also read by" in refused.reason
 
 
+def test_norms_of_one_tensor_share_all_but_their_weights() -> None:
+    def function(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> Any:
+        return llama(x, a), llama(x, b), llama(x, c)
+
+    report = fusionpass.explain(function, X, WEIGHT, WEIGHT * 2, WEIGHT.float())
+    assert report.count("rms_norm") == 3
+    assert not report.refused
+    assert "aten.rsqrt" not in dict(report.graphs[0].snapshots)["recognise"]
+
+
 def test_a_broadcast_weight_is_refused() -> None:
     report = fusionpass.explain(llama, X, torch.ones(4, WIDTH, dtype=torch.bfloat16))
     (refused,) = report.refused

@@ -42,10 +42,11 @@ def recognise(
         furthest: tuple[Attempt, Spelling] | None = None
         for spelling in spellings:
             found = _search(spelling, anchor)
-            if isinstance(found, Match):
-                refusal = _replace(graph, spelling, found, disable)
-                if refusal is not None:
-                    trace.refused.append(_record(spelling, anchor, refusal))
+            if isinstance(found, list):
+                for match in found:
+                    refusal = _replace(graph, spelling, match, found, disable)
+                    if refusal is not None:
+                        trace.refused.append(_record(spelling, match.root, refusal))
                 break
             if found is not None and (furthest is None or found.matched > furthest[0].matched):
                 furthest = found, spelling
@@ -57,31 +58,35 @@ def recognise(
                 trace.missed.append(_record(spelling, anchor, reason))
 
 
-def _search(spelling: Spelling, anchor: Node) -> Match | Attempt | None:
+def _search(spelling: Spelling, anchor: Node) -> list[Match] | Attempt | None:
     val = value(anchor)
     if val is None:
         return None
     furthest: Attempt | None = None
+    matches: dict[Node, Match] = {}
     for pattern in spelling.patterns(val.device.type):
         if not pattern.fits(anchor):
             continue
         found = pattern.search(anchor)
-        if isinstance(found, Match):
-            return found
-        if furthest is None or found.matched > furthest.matched:
+        if isinstance(found, list):
+            # The pattern with the cast comes first; the one without it would take the cast for its input.
+            matches = {match.root: match for match in found} | matches
+        elif furthest is None or found.matched > furthest.matched:
             furthest = found
-    return furthest
+    return list(matches.values()) or furthest
 
 
 def _record(spelling: Spelling, anchor: Node, reason: str) -> Record:
     return Record(spelling.op.name, spelling.name, reason, where(anchor), source_line(anchor))
 
 
-def _replace(graph: Graph, spelling: Spelling, match: Match, disable: frozenset[str]) -> Refusal:
+def _replace(
+    graph: Graph, spelling: Spelling, match: Match, together: Iterable[Match], disable: frozenset[str]
+) -> Refusal:
     for name in (spelling.name, spelling.op.name):
         if name in disable:
             return f"{name} is disabled by Config.disable"
-    leak = match.leak()
+    leak = match.leak(together)
     if leak is not None:
         return f"{leak[0].name} is also read by {leak[1].name}, outside; the op would compute it twice"
     arguments = spelling.op.bind((), {**match.arguments, **spelling.constants})
@@ -123,10 +128,10 @@ def _differs(new: torch.Tensor, old: torch.Tensor | None) -> Refusal:
 def fuse(graph: Graph, folds: Iterable[Fold], trace: GraphTrace, disable: frozenset[str] = frozenset()) -> None:
     """Fold neighbouring ops into larger ones, in place, until nothing changes; record the refused."""
     folds = list(folds)
+    refused: dict[tuple[str, str], Record] = {}
     changed = True
     while changed:
         changed = False
-        trace.refused = [r for r in trace.refused if r.rule not in {f.name for f in folds}]
         for node in [n for n in graph.nodes if n.target in OPS]:
             for fold in folds:
                 path = None if node._erased or node.target is not fold.consumer.overload else _path(fold, node)
@@ -135,8 +140,12 @@ def fuse(graph: Graph, folds: Iterable[Fold], trace: GraphTrace, disable: frozen
                 refusal = _fold(graph, fold, path, disable)
                 if refusal is None:
                     changed = True
+                    # What another fold could not do with this reader does not matter any more.
+                    refused = {key: record for key, record in refused.items() if key[0] != node.name}
                     break
-                trace.refused.append(Record(fold.fused.name, fold.name, refusal, _site(node).where, _site(node).source))
+                site = _site(node)
+                refused[node.name, fold.name] = Record(fold.fused.name, fold.name, refusal, site.where, site.source)
+    trace.refused += refused.values()
 
 
 def _site(node: Node) -> Site:
