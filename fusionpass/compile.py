@@ -1,5 +1,6 @@
 """fusionpass.compile, the Dynamo backend, and what it remembers of each call."""
 
+import inspect
 import logging
 import warnings
 import weakref
@@ -65,6 +66,11 @@ class Session:
         warnings.warn(f"fusionpass: {len(misses)} sites did not fuse:\n{text}", stacklevel=2)
 
 
+# Dynamo counts recompiles by code object: models of one class would share one limit of 8, before torch 2.14 they do.
+_ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+)
+
 _SESSIONS: "weakref.WeakKeyDictionary[Any, Session]" = weakref.WeakKeyDictionary()
 
 
@@ -86,13 +92,13 @@ def compile(model: F, config: Config | None = None, **overrides: Any) -> F:
     made = Config.make(config, overrides)
     if isinstance(model, torch.nn.Module):
         session = Session(made, type(model).__name__)
-        model.compile(backend=session)
+        model.compile(backend=session, **_ISOLATED)
         _SESSIONS[model] = session
         return model
     if not callable(model):
         raise ConfigError(f"{type(model).__name__} is neither a module nor a function", "compile")
     session = Session(made, getattr(model, "__name__", type(model).__name__))
-    compiled = torch.compile(model, backend=session)
+    compiled = torch.compile(model, backend=session, **_ISOLATED)
     _SESSIONS[compiled] = session
     return compiled  # type: ignore[return-value]
 

@@ -1,6 +1,7 @@
 """fusionpass.compile on a CPU: eager and compiled give the same numbers; what it leaves alone; its manners."""
 
 import copy
+import inspect
 import threading
 import warnings
 from typing import Any
@@ -281,6 +282,19 @@ def test_dynamic_shapes_compile_once() -> None:
             torch._dynamo.mark_dynamic(x, 0)
             assert_same(eager(x, x), model(x, x), EXACT)
     assert len(fusionpass.report(model).graphs) == 1
+
+
+def test_many_models_of_one_class() -> None:
+    x = torch.randn(4, 16, dtype=torch.bfloat16)
+    reports = []
+    for _ in range(12):
+        model = fusionpass.compile(LlamaNorm(16))
+        model(x)
+        reports.append(fusionpass.report(model))
+    isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    assert all(report.count("rms_norm") == 1 for report in reports[: 12 if isolated else 8])
+    if not isolated:
+        assert "recompile_limit" in str(reports[-1]), "it runs uncompiled, and the report says so"
 
 
 def test_threads_share_nothing() -> None:

@@ -36,7 +36,7 @@ def _report(*graphs):
 def test_nothing_yet():
     report = Report()
     assert (report.fused, report.refused, report.missed, report.kernels, report.graph_breaks) == ([], [], [], 0, [])
-    assert str(report) == "fusionpass: 0 fused, 0 refused, 0 missed; 0 graphs, 0 kernels"
+    assert str(report).startswith("fusionpass: nothing compiled yet")
 
 
 def test_a_site_compiled_again_is_one_record():

@@ -145,6 +145,11 @@ class Report:
         return {"title": self.title, "kernels": self.kernels, "graphs": graphs, **kinds}
 
     def __str__(self) -> str:
+        if not self.graphs:
+            return (
+                f"{self.title or 'fusionpass'}: nothing compiled yet. If the model has run, Dynamo gave up on it, most "
+                "often at torch._dynamo.config.recompile_limit; TORCH_LOGS=recompiles says why"
+            )
         fused, refused, missed = self.fused, self.refused, self.missed
         lines = [
             f"{self.title or 'fusionpass'}: {len(fused)} fused, {len(refused)} refused, {len(missed)} missed; "
