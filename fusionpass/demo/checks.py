@@ -54,21 +54,32 @@ def norms_in_front(model: nn.Module, inputs: torch.Tensor) -> set[str]:
 
 
 def judge(
-    eager: Measured, compiled: Measured, norms: set[str], quantized: QuantizeReport, report: Report, numerics: str
+    eager: Measured, compiled: Measured, norms: set[str], quantized: QuantizeReport, report: Report, exact: bool
 ) -> list[Check]:
-    """Compare the compiled model with the eager one, and its report with what there was to fuse."""
+    """Compare the compiled model with the eager one, and its report with what there was to fuse.
+
+    Args:
+        eager: the quantised model before it was compiled.
+        compiled: after.
+        norms: what `norms_in_front` found.
+        quantized: what `quantize_` did.
+        report: of the compiled model.
+        exact: whether the two compute alike to the last bit, as on a CPU with `numerics="eager"`. Where they do not,
+            FP8 codes that moved across a rounding boundary are noise in the losses, and a text may be too short to
+            resolve `PERPLEXITY`: then a difference within two standard errors passes.
+    """
     off = abs(compiled.perplexity / eager.perplexity - 1)
     apart = torch.tensor(compiled.losses, dtype=torch.float64) - torch.tensor(eager.losses, dtype=torch.float64)
     error = apart.std().item() / len(apart) ** 0.5
     checks = [
         Check(
             f"perplexity of FP8 compiled within {PERPLEXITY:.1%} of FP8 eager",
-            off <= PERPLEXITY,
+            off <= (PERPLEXITY if exact else max(PERPLEXITY, 2 * error)),
             f"{off:.4%} apart, standard error {error:.4%}",
         )
     ]
     same = eager.tokens == compiled.tokens
-    if numerics == "eager":
+    if exact:
         checks.append(Check("the same text from FP8 eager and FP8 compiled", same, "equal" if same else "different"))
 
     fused = {r.where for r in report.fused if r.op in ("rms_norm_quantize", "add_rms_norm_quantize")}

@@ -49,11 +49,11 @@ def test_sizes_of_models(op, dtype, tokens, width, arch):
 def test_past_32_bit_offsets(op, arch):
     width = 4096
     whole = sample(op, 1, width)
-    whole["x"] = torch.randn(2**31 // width + 3, width, device=DEVICE, dtype=torch.bfloat16)
-    if "residual" in whole:
-        whole["residual"] = whole["x"]
+    large = torch.randn(2**31 // width + 3, width, device=DEVICE, dtype=torch.bfloat16)
+    activations = [name for name in ("x", "residual", "gate", "up") if name in whole]
+    whole |= dict.fromkeys(activations, large)
     outputs = op.plan(arch, whole)[0].run()
-    last = {k: v[-2:] if k in ("x", "residual") else v for k, v in whole.items()}
+    last = whole | dict.fromkeys(activations, large[-2:])
     for output, expected in zip(outputs, check(op, arch, last), strict=True):
         assert torch.equal(output[-2:].float(), expected.float())
 
