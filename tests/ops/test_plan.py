@@ -6,10 +6,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fusionpass.arch import Arch
-from fusionpass.ops import add_rms_norm_quantize, quantize, rms_norm
+from fusionpass.ops import add_rms_norm_quantize, quantize, rms_norm, silu_mul, silu_mul_quantize
 
 pytest.importorskip("triton")
 
+from fusionpass.ops.activation.triton import block_of
 from fusionpass.ops.norm.triton import Config, configure
 
 H100 = Arch("sm_90")
@@ -112,3 +113,22 @@ def test_weight_and_scale_are_read_early_only_where_that_is_said_to_be_safe():
     assert launch.early == ("weight", "scale")
     assert launch.args["EARLY"] is False
     assert launch.reading_early().args["EARLY"] is True
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "block"),
+    [(1, 1536, 512), (1, 64, 64), (64, 1536, 512), (64, 12288, 1024), (1024, 1536, 2048), (None, 12288, 2048)],
+)
+def test_how_an_activation_is_cut(rows, width, block):
+    assert block_of(rows, width) == block
+
+
+def test_what_a_gated_activation_refuses():
+    up = torch.zeros(4, 64, dtype=torch.float16)
+    assert reason(silu_mul, up=up).startswith("triton: gate is torch.bfloat16 (4, 64), up is torch.float16")
+    assert reason(silu_mul_quantize, Arch("sm_80")) == "triton: Triton cannot convert to float8_e4m3fn on sm_80"
+    assert reason(silu_mul_quantize, scale=None) == "triton: the scale is not one element"
+    assert reason(silu_mul, width=0) == "triton: the rows are empty"
+    packed = torch.zeros(4, 128, dtype=torch.bfloat16)
+    launch, _ = silu_mul.plan(H100, {"gate": packed[:, :64], "up": packed[:, 64:]})
+    assert (launch.args["gate_row"], launch.args["up_row"]) == (128, 128)

@@ -13,7 +13,7 @@ from ...arch import Arch
 from ...launch import Empty, Launch
 from ..quant.scheme import Scheme
 from ..quant.triton import encode, refuse_scheme
-from ..rows import FLOATS, alike, row_count, row_stride
+from ..rows import FLOATS, alike, row_count, row_stride, static
 
 
 @triton.jit
@@ -114,6 +114,16 @@ def plan_gelu_mul_quantize(
     return _plan(arch, gate, up, "gelu" if approximate == "none" else "gelu_tanh", scale, scheme, product_out)
 
 
+def block_of(rows: int | None, width: int) -> int:
+    """Elements a program takes; `rows` is None where the count is symbolic, and then as for many.
+
+    Measured on an H100: few elements are spread over more programs, many want wider ones (docs/kernels.md).
+    """
+    elements = rows * width if rows is not None else 2**31
+    most = 512 if elements <= 2**17 else 1024 if elements <= 2**20 else 2048
+    return min(most, triton.next_power_of_2(width))
+
+
 def _plan(
     arch: Arch,
     gate: torch.Tensor,
@@ -137,7 +147,7 @@ def _plan(
     if width == 0:
         return "the rows are empty"
     kind = None if scheme is None else Scheme.parse(scheme)
-    shape, block = tuple(gate.shape), min(2048, triton.next_power_of_2(width))
+    shape, block = tuple(gate.shape), block_of(static(row_count(gate)), width)
     outputs = {
         "q": Empty(shape, kind.dtype) if kind else None,
         "product": Empty(shape, gate.dtype) if product_out else None,
