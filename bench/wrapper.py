@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 64, 1024])
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", help="where the checkout cannot say it")
     arguments = parser.parse_args()
     require_gpu()
     warm_up()
@@ -98,7 +99,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['tokens']:>6}  {row['launched']:<16} {row['graph_us']:>24.2f} {row['host_us']:>12.2f}")
     if arguments.out:
-        record = {**facts(), "hidden": arguments.hidden, "rounds": ROUNDS, "cells": rows}
+        record = {**facts(arguments.commit), "hidden": arguments.hidden, "rounds": ROUNDS, "cells": rows}
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

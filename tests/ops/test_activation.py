@@ -30,8 +30,8 @@ def test_against_float64(dtype: torch.dtype) -> None:
     got = {"silu": silu_mul(gate, up)} | {a: gelu_mul(gate, up, a) for a in ("none", "tanh")}
     for name, want in exact.items():
         assert got[name].dtype == dtype
-        # Two roundings to dtype, and float32 in between.
-        bound = 1.01 * torch.finfo(dtype).eps * want.abs() + 1e-6
+        # Two roundings to dtype; in between float32, where 1 + erf cancels.
+        bound = 1.01 * torch.finfo(dtype).eps * want.abs() + 2.0**-22 * (x * y).abs()
         assert ((got[name].double() - want).abs() <= bound).all(), name
 
 

@@ -121,7 +121,7 @@ def block_of(rows: int | None, width: int) -> int:
     """
     elements = rows * width if rows is not None else 2**31
     most = 512 if elements <= 2**17 else 1024 if elements <= 2**20 else 2048
-    return min(most, triton.next_power_of_2(width))
+    return min(most, int(triton.next_power_of_2(width)))
 
 
 def _plan(
