@@ -5,10 +5,13 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .arch import Arch
 from .errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from .rule import Fold, Spelling
 
 _CHOICES = {
     "numerics": ("fast", "eager"),
@@ -33,6 +36,7 @@ class Config:
             report, "warn" also warns, "error" raises `MissError`.
         dump_dir: a folder for the graphs before and after each pass and the generated code.
         target: the target to plan kernels for; None: that of the traced inputs.
+        rules: spellings and folds of one's own, tried before the package's. Not settable by the environment.
 
     Every field can be set by the environment as FUSIONPASS_<FIELD> (lists separated by commas); an argument wins.
 
@@ -46,8 +50,11 @@ class Config:
     on_miss: str = "ignore"
     dump_dir: Path | None = None
     target: Arch | None = None
+    rules: tuple["Spelling | Fold", ...] = ()
 
     def __post_init__(self) -> None:
+        if self.cuda_graphs in ("piecewise", "full"):
+            raise ConfigError(f"cuda_graphs={self.cuda_graphs!r} is not there yet", "Config", 'Pass "off" or "auto"')
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -65,6 +72,7 @@ class Config:
         target: object = self.target
         if target is not None and not isinstance(target, Arch):
             raise ConfigError(f"target={target!r} is not an Arch", "Config", 'Pass fusionpass.Arch("sm_90")')
+        object.__setattr__(self, "rules", _checked(self.rules))
 
     @staticmethod
     def make(config: "Config | None" = None, overrides: Mapping[str, Any] | None = None) -> "Config":
@@ -79,9 +87,18 @@ class Config:
                 raise ConfigError(f"there is no option {name!r}", "Config", nearest(name, fields))
         made = dataclasses.replace(config or _from_environment(fields), **(overrides or {}))
         for name in sorted(made.disable):
-            if name not in (known := _can_be_disabled()):
+            if name not in (known := _can_be_disabled() | {rule.name for rule in made.rules}):
                 raise ConfigError(f"disable names {name!r}, which does not exist", "Config", nearest(name, known))
         return made
+
+
+def _checked(rules: object) -> tuple["Spelling | Fold", ...]:
+    from .rule import Fold, Spelling
+
+    given = tuple(rules) if isinstance(rules, Iterable) else (None,)
+    if not all(isinstance(rule, Spelling | Fold) for rule in given):
+        raise ConfigError(f"rules={rules!r} is not a collection of rules", "Config", "Pass (fusionpass.Spelling(...),)")
+    return given
 
 
 def _can_be_disabled() -> set[str]:
@@ -97,7 +114,7 @@ def _from_environment(fields: Iterable[str]) -> Config:
     values: dict[str, Any] = {}
     for name in fields:
         text = os.environ.get(f"FUSIONPASS_{name.upper()}")
-        if not text:
+        if not text or name == "rules":
             continue
         if name == "disable":
             values[name] = frozenset(part.strip() for part in text.split(",") if part.strip())

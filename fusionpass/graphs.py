@@ -43,6 +43,13 @@ def _fp32(number: float) -> float:
     return float(torch.tensor(number, dtype=torch.float32))
 
 
+def marks_a_site(node: Node) -> bool:
+    """Whether a node by itself says that something here could be an op: a norm's root, a cast to an 8-bit type."""
+    if node.target is CAST:
+        return bool(node.args[1].itemsize == 1)  # type: ignore[union-attr]
+    return node.target in (aten.rsqrt.default, aten.var_mean.correction)
+
+
 def is_view_of_rows(node: Node) -> bool:
     """Whether a node only regroups rows: its last dimension is its input's."""
     if node.target not in VIEWS:

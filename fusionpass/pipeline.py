@@ -13,6 +13,7 @@ from .passes.normalize import normalize
 from .passes.rewrite import fuse, recognise
 from .report.show import show
 from .report.trace import GraphTrace
+from .rule import Fold, Spelling
 from .rules import FOLDS, SPELLINGS
 
 Pass = tuple[str, Callable[[Graph], None]]
@@ -20,16 +21,18 @@ Pass = tuple[str, Callable[[Graph], None]]
 
 def early(config: Config, trace: GraphTrace) -> list[Pass]:
     """While every rounding of the model is still in the graph."""
+    spellings = [*(rule for rule in config.rules if isinstance(rule, Spelling)), *SPELLINGS]
     return [
         ("normalize", normalize),
-        ("recognise", lambda graph: recognise(graph, SPELLINGS, trace, config.disable)),
+        ("recognise", lambda graph: recognise(graph, spellings, trace, config.disable)),
     ]
 
 
 def late(config: Config, trace: GraphTrace, parameters: frozenset[Node] = frozenset()) -> list[Pass]:
     """After the joint passes, before code generation; `parameters` are the graph's inputs that no kernel writes."""
+    folds = [*(rule for rule in config.rules if isinstance(rule, Fold)), *FOLDS]
     return [
-        ("fuse", lambda graph: fuse(graph, FOLDS, trace, config.disable)),
+        ("fuse", lambda graph: fuse(graph, folds, trace, config.disable)),
         ("lower", lambda graph: lower(graph, trace, config.target, config.disable, parameters)),
         *([("keep_reductions", keep_reductions)] if config.numerics == "eager" else []),
         ("cleanup", cleanup),

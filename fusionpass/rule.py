@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .errors import ArgumentError, RuleError
-from .graphs import CAST, aten
+from .graphs import CAST, VIEWS, aten, marks_a_site
 from .match import Pattern
 from .op import Op
 from .passes.normalize import normalize
@@ -22,7 +22,8 @@ from .passes.normalize import normalize
 HALF = torch.bfloat16
 """The dtype that stands for either 16-bit float in a traced spelling."""
 
-_ANCHORS = (aten.rsqrt.default, aten.var_mean.correction, aten.erf.default, aten.tanh.default, aten.exp.default)
+_UNCOMMON = (aten.erf.default, aten.tanh.default, aten.exp.default)
+_COMMON = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, CAST, *VIEWS)
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,10 @@ class Spelling:
 def _anchor(graph: Graph) -> Node:
     """The node that a search starts from: the rarest in a model's graph."""
     nodes: list[Node] = [n for n in graph.nodes if n.op == "call_function"]
-    for target in _ANCHORS:
-        for node in nodes:
-            if node.target is target:
+    for rare in (marks_a_site, lambda node: node.target in _UNCOMMON, lambda node: node.target not in _COMMON):
+        for node in reversed(nodes):
+            if rare(node):
                 return node
-    for node in reversed(nodes):
-        if node.target is CAST and node.args[1].itemsize == 1:  # type: ignore[union-attr]
-            return node
     return nodes[-1]
 
 

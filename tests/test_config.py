@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import fusionpass
-from fusionpass import Arch, Config, pipeline
+from fusionpass import Arch, Config, Spelling, pipeline
 from fusionpass.config import _can_be_disabled
 from fusionpass.errors import ArchError, ConfigError
+from fusionpass.ops import rms_norm
 from fusionpass.report import GraphTrace
 
 
@@ -26,10 +27,12 @@ def test_defaults():
         "on_miss": "ignore",
         "dump_dir": None,
         "target": None,
+        "rules": (),
     }
     assert Config.make() == Config()
 
 
+RULE = Spelling("mine.norm", rms_norm, rms_norm.reference)
 VALUES = [
     ("disable", {"norm.llama"}, frozenset({"norm.llama"})),
     ("disable", ["fuse", "triton", "fuse"], frozenset({"fuse", "triton"})),
@@ -41,6 +44,7 @@ VALUES = [
     ("dump_dir", "some/folder", Path("some/folder")),
     ("dump_dir", Path("some/folder"), Path("some/folder")),
     ("target", Arch("sm_90"), Arch("sm_90")),
+    ("rules", [RULE], (RULE,)),
 ]
 
 
@@ -78,6 +82,10 @@ def test_it_cannot_be_changed():
         ({"dump_dir": 3}, "dump_dir=3 is not a path"),
         ({"target": "sm_90"}, r"target='sm_90' is not an Arch. Pass fusionpass.Arch"),
         ({"target": torch.device("cuda")}, "is not an Arch"),
+        ({"rules": RULE}, "rules=.* is not a collection of rules"),
+        ({"rules": ["norm.llama"]}, r"rules=\['norm.llama'\] is not a collection of rules"),
+        ({"disable": {"mine.norm"}}, "disable names 'mine.norm', which does not exist"),
+        ({"cuda_graphs": "piecewise"}, "cuda_graphs='piecewise' is not there yet"),
         ({"numeric": "eager"}, "there is no option 'numeric'. Did you mean 'numerics'"),
         ({"dumpdir": "x"}, "there is no option 'dumpdir'. Did you mean 'dump_dir'"),
         ({"zzz": 1}, "there is no option 'zzz'. Known: cuda_graphs, disable"),
@@ -118,7 +126,7 @@ ENVIRONMENT = [
 
 
 def test_the_environment_reaches_every_field():
-    assert {field for _, _, field, _ in ENVIRONMENT} == {f.name for f in dataclasses.fields(Config)}
+    assert {field for _, _, field, _ in ENVIRONMENT} == {f.name for f in dataclasses.fields(Config)} - {"rules"}
 
 
 @pytest.mark.parametrize(("variable", "text", "field", "value"), ENVIRONMENT)

@@ -10,11 +10,11 @@ from torch.fx import Graph, Node
 
 from ..errors import FusionpassError
 from ..graphs import (
-    aten,
     erase_unused,
     inherit,
     insert_outputs,
     is_view_of_rows,
+    marks_a_site,
     outputs_of,
     same_shape,
     source_line,
@@ -26,9 +26,6 @@ from ..match import Attempt, Match
 from ..op import OPS, Op, Refusal
 from ..report.trace import GraphTrace, Record, Site
 from ..rule import Fold, Spelling
-
-_EVERYDAY = (aten.exp.default, aten.tanh.default, aten.erf.default)
-"""Anchors that alone are no candidate: an exponential is not yet an activation."""
 
 
 def recognise(
@@ -51,7 +48,8 @@ def recognise(
             if found is not None and (furthest is None or found.matched > furthest[0].matched):
                 furthest = found, spelling
         else:
-            if furthest is not None and (anchor.target not in _EVERYDAY or furthest[0].matched > 1):
+            # A mean or an exponential alone is no candidate; half a spelling around it is.
+            if furthest is not None and (marks_a_site(anchor) or 2 * furthest[0].matched >= furthest[0].total):
                 attempt, spelling = furthest
                 at = f" at {attempt.node.name}" if attempt.node is not None else ""
                 reason = f"matched {attempt.matched} of {attempt.total} nodes, then{at}: {attempt.reason}"
