@@ -38,3 +38,19 @@ def test_the_verdict_names_the_worst_cell():
 
     text = verdict([cell(1, 1.0, 4.0), cell(8, 1.0, 1.0)])
     assert text.splitlines()[0] == "warm: 2.000 × the speed of inductor+pdl; least 1.000 at 8 × 64"
+
+
+def test_the_matcher_is_timed_on_a_graph_that_fuses():
+    from bench.matcher import measure, stack
+    from fusionpass.passes.normalize import normalize
+    from fusionpass.passes.rewrite import recognise
+    from fusionpass.report import GraphTrace
+    from fusionpass.rules import SPELLINGS
+
+    graph, trace = stack(200), GraphTrace(0)
+    assert 200 <= len(graph.nodes) < 240
+    normalize(graph)
+    recognise(graph, SPELLINGS, trace)
+    assert not trace.refused
+    assert not trace.missed
+    assert {"nodes", "normalize", "recognise", "fuse"} == measure(50).keys()

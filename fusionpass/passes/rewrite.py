@@ -1,6 +1,5 @@
 """recognise: spelling → op. fuse: ops → op. Neither adds an op whose inputs, shapes and dtypes are not proven equal."""
 
-import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,7 +7,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 
-from ..errors import FusionpassError
 from ..graphs import (
     erase_unused,
     inherit,
@@ -22,6 +20,7 @@ from ..graphs import (
     values,
     where,
 )
+from ..infer import Inference
 from ..match import Attempt, Match
 from ..op import OPS, Op, Refusal
 from ..report.trace import GraphTrace, Record, Site
@@ -32,7 +31,7 @@ def recognise(
     graph: Graph, spellings: Iterable[Spelling], trace: GraphTrace, disable: frozenset[str] = frozenset()
 ) -> None:
     """Replace each spelling by its op, in place; record the refused and the missed."""
-    spellings = list(spellings)
+    spellings, infer = list(spellings), Inference()
     for anchor in list(graph.nodes):
         if anchor.op != "call_function" or anchor._erased:
             continue
@@ -41,7 +40,7 @@ def recognise(
             found = _search(spelling, anchor)
             if isinstance(found, list):
                 for match in found:
-                    refusal = _replace(graph, spelling, match, found, disable)
+                    refusal = _replace(graph, spelling, match, found, infer, disable)
                     if refusal is not None:
                         trace.refused.append(_record(spelling, match.root, refusal))
                 break
@@ -79,7 +78,7 @@ def _record(spelling: Spelling, anchor: Node, reason: str) -> Record:
 
 
 def _replace(
-    graph: Graph, spelling: Spelling, match: Match, together: Iterable[Match], disable: frozenset[str]
+    graph: Graph, spelling: Spelling, match: Match, together: Iterable[Match], infer: Inference, disable: frozenset[str]
 ) -> Refusal:
     for name in (spelling.name, spelling.op.name):
         if name in disable:
@@ -104,18 +103,6 @@ def _replace(
     return None
 
 
-def infer(op: Op, arguments: Mapping[str, Any]) -> list[torch.Tensor] | str:
-    """The fake results of an op on the values that its argument nodes stand for, or why it does not take them."""
-    vals = values(dict(arguments))
-    mode = next((v.fake_mode for v in vals.values() if hasattr(v, "fake_mode")), contextlib.nullcontext())
-    try:
-        with mode, torch.no_grad():
-            results = op.reference(**vals)
-    except FusionpassError as error:
-        return str(error)
-    return [results] if op.single else list(results)
-
-
 def _differs(new: torch.Tensor, old: torch.Tensor | None) -> Refusal:
     if old is None or new.dtype != old.dtype or not same_shape(new.shape, old.shape):
         expected = f"{old.dtype}{list(old.shape)}" if old is not None else "no tensor"
@@ -125,7 +112,7 @@ def _differs(new: torch.Tensor, old: torch.Tensor | None) -> Refusal:
 
 def fuse(graph: Graph, folds: Iterable[Fold], trace: GraphTrace, disable: frozenset[str] = frozenset()) -> None:
     """Fold neighbouring ops into larger ones, in place, until nothing changes; record the refused."""
-    folds = list(folds)
+    folds, infer = list(folds), Inference()
     refused: dict[tuple[str, str], Record] = {}
     changed = True
     while changed:
@@ -135,7 +122,7 @@ def fuse(graph: Graph, folds: Iterable[Fold], trace: GraphTrace, disable: frozen
                 path = None if node._erased or node.target is not fold.consumer.overload else _path(fold, node)
                 if path is None:
                     continue
-                refusal = _fold(graph, fold, path, disable)
+                refusal = _fold(graph, fold, path, infer, disable)
                 if refusal is None:
                     changed = True
                     # What another fold could not do with this reader does not matter any more.
@@ -173,7 +160,7 @@ def _path(fold: Fold, consumer: Node) -> list[Node] | None:
     return path if node.target is fold.target else None
 
 
-def _fold(graph: Graph, fold: Fold, path: list[Node], disable: frozenset[str]) -> Refusal:
+def _fold(graph: Graph, fold: Fold, path: list[Node], infer: Inference, disable: frozenset[str]) -> Refusal:
     for name in (fold.name, fold.fused.name):
         if name in disable:
             return f"{name} is disabled by Config.disable"
