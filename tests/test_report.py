@@ -56,9 +56,7 @@ def test_equal_sites_of_one_graph_are_several():
     assert report.count("add_rms_norm_quantize") == 3
 
 
-@pytest.mark.parametrize(
-    "field", ["op", "rule", "reason", "where", "source", "scheme", "backend"], ids=lambda name: f"other {name}"
-)
+@pytest.mark.parametrize("field", ["op", "rules", "where", "source", "scheme"], ids=lambda name: f"other {name}")
 def test_what_differs_is_another_site(field):
     report = _report(([NORM], [], []), ([dataclasses.replace(NORM, **{field: "another"})], [], []))
     assert [r.graphs for r in report.fused] == [(0,), (1,)]
@@ -158,3 +156,13 @@ def test_graphs_of_several_threads_have_their_own_numbers():
     for thread in threads:
         thread.join()
     assert [graph.index for graph in report.graphs] == list(range(1600))
+
+
+def test_a_site_that_another_backend_runs_elsewhere_is_one_record():
+    other = dataclasses.replace(NORM, backend="other", reason="because")
+    report = _report(([NORM], [], []), ([other], [], []))
+    (record,) = report.fused
+    assert record.graphs == (0, 1)
+    assert record.backend == f"{NORM.backend}, other"
+    assert record.reason == f"graph 0: {NORM.reason}; graph 1: because"
+    assert report.count(NORM.op) == 1

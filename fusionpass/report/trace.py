@@ -127,13 +127,15 @@ class Report:
         return sum(r.op == op and scheme in (None, r.scheme) and (rule is None or rule in r.rules) for r in self.fused)
 
     def _merged(self, kind: str) -> list[Record]:
-        sites: dict[tuple[Any, ...], list[int]] = {}
+        sites: dict[tuple[Any, ...], list[Record]] = {}
         for graph in self.graphs:
-            seen: collections.Counter[Record] = collections.Counter()
+            seen: collections.Counter[Any] = collections.Counter()
             for record in getattr(graph, kind):
-                seen[record] += 1
-                sites.setdefault((record, seen[record]), []).append(graph.index)
-        return [dataclasses.replace(record, graphs=tuple(graphs)) for (record, _), graphs in sites.items()]
+                # Another shape may be run by another backend, for another reason: it is the same site.
+                site = (record.op, record.rules or record.rule, record.where, record.source, record.scheme)
+                seen[site] += 1
+                sites.setdefault((site, seen[site]), []).append(dataclasses.replace(record, graphs=(graph.index,)))
+        return [_one(records) for records in sites.values()]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -166,3 +168,12 @@ class Report:
             for record in records:
                 lines += [f"  {record}", *([f"      at {record.source}"] if record.source else [])]
         return "\n".join(lines)
+
+
+def _one(records: list[Record]) -> Record:
+    """The records of one site in several graphs as one; where they differ, the reason says in which graph."""
+    graphs = tuple(index for record in records for index in record.graphs)
+    backends = list(dict.fromkeys(record.backend for record in records))
+    reasons = list(dict.fromkeys(record.reason for record in records))
+    reason = reasons[0] if len(reasons) == 1 else "; ".join(f"graph {r.graphs[0]}: {r.reason}" for r in records)
+    return dataclasses.replace(records[0], graphs=graphs, backend=", ".join(backends), reason=reason)
