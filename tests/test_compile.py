@@ -97,7 +97,7 @@ def test_fast_numerics_stay_within_a_step() -> None:
         got = fusionpass.compile(model)(x, r)
     codes = [out[0][0].view(FP8) for out in (expected, got)]
     assert_same(codes[0], codes[1], exact=False)
-    # Measured: 1 to 3 % of the codes move when the norm is not rounded to bfloat16 on its way.
+    # Measured: 2 to 3 % of the codes move when the norm is not rounded to bfloat16 on its way.
     assert (codes[0].view(torch.uint8) != codes[1].view(torch.uint8)).float().mean() <= 0.05
     assert_same(expected[1], got[1], exact=True)
 
