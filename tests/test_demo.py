@@ -67,7 +67,8 @@ def test_the_whole_path(numerics, tmp_path):
     )
     result = demo.run(model, make_tokenizer(), options, Console(file=output, width=160))
 
-    if numerics == "eager":
+    exact = numerics == "eager" and torch.__version__ >= "2.13"
+    if exact:
         assert result.passed, result.checks
     else:
         # Roundings that are dropped flip FP8 codes, and flipped codes are new rounding noise: no bias, but no equality.
@@ -76,7 +77,7 @@ def test_the_whole_path(numerics, tmp_path):
         apart = [b - a for a, b in zip(eager, fast, strict=True)]
         assert abs(statistics.fmean(apart)) < 4 * statistics.stdev(apart) / len(apart) ** 0.5
     assert list(result.variants) == ["bf16", "FP8 eager", "FP8 compiled"]
-    assert len(result.checks) == (4 if numerics == "eager" else 3)
+    assert len(result.checks) == (4 if exact else 3)
     # One window and one token: a third graph would be a third compilation of every layer.
     assert len(result.report.graphs) == 2
     assert result.report.count("add_rms_norm_quantize") == 3

@@ -147,7 +147,8 @@ def run(model: Any, tokenizer: Any, options: Options | None = None, console: Con
         kernels["FP8 compiled"] = _launches(report, before)
         measure("FP8 compiled")
 
-    exact = options.numerics == "eager" and model.device.type == "cpu"
+    # Before torch 2.13 Inductor's C++ keeps no bfloat16 roundings, whatever it is asked.
+    exact = options.numerics == "eager" and model.device.type == "cpu" and torch.__version__ >= "2.13"
     checks = judge(variants["FP8 eager"], variants["FP8 compiled"], norms, quantized, report, exact)
     show.answers(console, options.prompts, variants)
     show.fusions(console, report)
