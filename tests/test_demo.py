@@ -104,7 +104,7 @@ def test_the_command_runs_a_local_model(tmp_path, capsys):
     assert cli.main(["demo", "--model", str(tmp_path / "model"), *arguments, "--json", str(found)]) == 0
     assert "model, 0 million parameters" in capsys.readouterr().out
     result = json.loads(found.read_text())
-    assert [check["passed"] for check in result["checks"]] == [True] * 4
+    assert [check["passed"] for check in result["checks"]] == [True] * (4 if torch.__version__ >= "2.13" else 3)
     assert result["variants"]["FP8 compiled"]["scored"] > 10_000
 
 
