@@ -66,6 +66,12 @@ def view_in_between(x: torch.Tensor, residual: torch.Tensor, scale: torch.Tensor
     return static(NORM(total).reshape(-1, WIDTH), scale), total
 
 
+def view_read_by_a_router(x: torch.Tensor, residual: torch.Tensor, scale: torch.Tensor) -> Any:
+    total = x + residual
+    rows = NORM(total).reshape(-1, WIDTH)
+    return static(rows, scale), rows.float().sum(-1), total
+
+
 def two_scales(x: torch.Tensor, scale: torch.Tensor) -> Any:
     y = NORM(x)
     return static(y, scale), static(y, scale + 1)
@@ -107,6 +113,7 @@ CASES: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = [
     (add_norm_quantize_norm_read, (X, R, SCALE)),
     (three_equal_quantisations, (X, R, SCALE)),
     (view_in_between, (X, R, SCALE)),
+    (view_read_by_a_router, (X, R, SCALE)),
     (two_scales, (X, SCALE)),
     (sum_read_before_the_norm, (X, R, SCALE)),
     (silu_mul, (X, R)),

@@ -180,7 +180,9 @@ def _fold(graph: Graph, fold: Fold, path: list[Node], infer: Inference, disable:
     arguments = {name: arguments[name] for name in fold.fused.signature.parameters}
 
     inputs = [a for a in arguments.values() if isinstance(a, Node)]
-    point = min([consumer, *(reader for node in kept.values() for reader in node.users if reader not in path)])
+    # Views that others read stay, and then they read the fused op's output.
+    leaving = {consumer} if any(user not in path for view in views for user in view.users) else set(path)
+    point = min([consumer, *(reader for node in kept.values() for reader in node.users if reader not in leaving)])
     late = [a for a in inputs if not a < point]
     if late:
         return f"{late[0].name} is computed after {point.name} reads the {fold.output}"
@@ -203,7 +205,7 @@ def _fold(graph: Graph, fold: Fold, path: list[Node], infer: Inference, disable:
     )
     by_name = dict(zip(names, insert_outputs(graph, fused, results), strict=True))
     for output, node in kept.items():
-        node.replace_all_uses_with(by_name[output], delete_user_cb=lambda user: user not in path)
+        node.replace_all_uses_with(by_name[output], delete_user_cb=lambda user: user not in leaving)
     _replace_consumer(graph, fold, consumer, views, by_name)
     for node in (*by_name.values(), consumer, *producer.users, producer):
         erase_unused(graph, node)

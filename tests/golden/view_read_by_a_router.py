@@ -1,0 +1,21 @@
+import torch
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+def forward(
+    arg0_1,  # bf16[3, 5, 64]
+    arg1_1,  # bf16[3, 5, 64]
+    arg2_1,  # bf16[64]
+    arg3_1,  # f32[]
+):
+    add_rms_norm_quantize_default = torch.ops.fusionpass.add_rms_norm_quantize.default(arg0_1, arg1_1, arg2_1, arg3_1, 1e-06, 'fp8_static', True, True)  # e4m3[3, 5, 64], bf16[3, 5, 64], bf16[3, 5, 64]
+    getitem_5 = add_rms_norm_quantize_default[0]  # e4m3[3, 5, 64]
+    getitem_4 = add_rms_norm_quantize_default[1]  # bf16[3, 5, 64]
+    getitem_3 = add_rms_norm_quantize_default[2]  # bf16[3, 5, 64]
+    view = aten.view.default(getitem_4, [-1, 64])  # bf16[15, 64]
+    convert_element_type_2 = prims.convert_element_type.default(view, torch.float32)  # f32[15, 64]
+    view_default = aten.view.default(getitem_5, [-1, 64])  # e4m3[15, 64]
+    sum_1 = aten.sum.dim_IntList(convert_element_type_2, [-1])  # f32[15]
+    return (view_default, sum_1, getitem_3)
+
