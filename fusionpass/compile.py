@@ -1,6 +1,5 @@
 """fusionpass.compile, the Dynamo backend, and what it remembers of each call."""
 
-import inspect
 import logging
 import warnings
 import weakref
@@ -31,21 +30,17 @@ class Session:
     def __call__(self, gm: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         """The Dynamo backend."""
         config, trace = self.config, self.report.new_graph()
-        reason = getattr(gm, "compile_subgraph_reason", None)
-        if reason is not None and reason.graph_break:
-            trace.graph_break = str(reason.reason)
+        trace.graph_break = inductor.graph_break(gm)
         folders = [folder for folder in (config.dump_dir, active_dump()) if folder is not None]
-        recognised: list[Graph] = []
 
         def early(graph: Graph) -> None:
             if inductor.is_training(graph):
                 trace.skipped = "it has a backward; fused ops serve inference (use torch.no_grad or inference_mode)"
                 return
-            recognised.append(graph)
             pipeline.run(pipeline.early(config, trace), graph, config, trace, keep=bool(folders))
 
         def late(graph: Graph, parameters: frozenset[Node]) -> None:
-            if recognised:
+            if not trace.skipped:
                 pipeline.run(pipeline.late(config, trace, parameters), graph, config, trace, keep=bool(folders))
                 self._judge(trace.index)
 
@@ -65,11 +60,6 @@ class Session:
             raise MissError(f"{len(misses)} sites did not fuse:\n{text}", next_step="See fusionpass.report")
         warnings.warn(f"fusionpass: {len(misses)} sites did not fuse:\n{text}", stacklevel=2)
 
-
-# Dynamo counts recompiles by code object: models of one class would share one limit of 8, before torch 2.14 they do.
-_ISOLATED: dict[str, Any] = (
-    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-)
 
 _SESSIONS: "weakref.WeakKeyDictionary[Any, Session]" = weakref.WeakKeyDictionary()
 
@@ -92,13 +82,13 @@ def compile(model: F, config: Config | None = None, **overrides: Any) -> F:
     made = Config.make(config, overrides)
     if isinstance(model, torch.nn.Module):
         session = Session(made, type(model).__name__)
-        model.compile(backend=session, **_ISOLATED)
+        model.compile(backend=session, **inductor.ISOLATED)
         _SESSIONS[model] = session
         return model
     if not callable(model):
         raise ConfigError(f"{type(model).__name__} is neither a module nor a function", "compile")
     session = Session(made, getattr(model, "__name__", type(model).__name__))
-    compiled = torch.compile(model, backend=session, **_ISOLATED)
+    compiled = torch.compile(model, backend=session, **inductor.ISOLATED)
     _SESSIONS[compiled] = session
     return compiled  # type: ignore[return-value]
 

@@ -36,7 +36,7 @@ def same_number(a: Any, b: Any) -> bool:
     """Equality of constants once rounded to float32, since tracing on some devices has already rounded them."""
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
-    return isinstance(a, int | float) and isinstance(b, int | float) and _fp32(a) == _fp32(b)
+    return isinstance(a, int | float) and isinstance(b, int | float) and (a == b or _fp32(a) == _fp32(b))
 
 
 def _fp32(number: float) -> float:

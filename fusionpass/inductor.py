@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -52,6 +53,18 @@ def package_digest() -> str:
         if path.suffix in (".py", ".json"):
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+)
+"""Options of `torch.compile` for a limit of recompiles of one's own (from torch 2.14): Dynamo counts by code object."""
+
+
+def graph_break(gm: GraphModule) -> str:
+    """Why Dynamo ended this graph early; empty if it did not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return str(reason.reason) if reason is not None and reason.graph_break else ""
 
 
 def compile_graph(

@@ -58,15 +58,15 @@ class Spelling:
             scalars = {k: 0.0123 + i for i, (k, v) in enumerate(sample.items()) if k in wanted and isinstance(v, float)}
             tensors = {k: v.to(device) for k, v in sample.items() if k in wanted and isinstance(v, torch.Tensor)}
             free = [k for k, v in tensors.items() if v.dtype == HALF]
-            found: dict[str, Pattern] = {}
+            found: list[Pattern] = []
             for dtypes in itertools.product((HALF, torch.float32), repeat=len(free)):
                 inputs = {**tensors, **{k: tensors[k].to(d) for k, d in zip(free, dtypes, strict=True)}}
                 try:
                     graph = self._trace(inputs, scalars)
                 except ArgumentError:
                     continue  # the op does not take this combination
-                found.setdefault(f"{graph} {dtypes}", Pattern(graph, list(inputs), scalars, HALF, _anchor(graph)))
-        return list(found.values())
+                found.append(Pattern(graph, list(inputs), scalars, HALF, _anchor(graph)))
+        return found
 
     def _trace(self, inputs: dict[str, torch.Tensor], scalars: dict[str, float]) -> Graph:
         names = list(inputs)

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -40,9 +39,7 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
 
     def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         trace = report.new_graph()
-        reason = getattr(gm, "compile_subgraph_reason", None)
-        if reason is not None and reason.graph_break:
-            trace.graph_break = str(reason.reason)
+        trace.graph_break = inductor.graph_break(gm)
 
         def run(graph: Graph) -> None:
             passes = [*pipeline.early(options, trace), *pipeline.late(options, trace)]
@@ -68,8 +65,8 @@ def _dynamo_cache_untouched() -> Iterator[dict[str, Any]]:
 
     Dynamo compiles one code object eight times and then silently runs it eagerly, whoever asked.
     """
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        yield {"isolate_recompiles": True}
+    if inductor.ISOLATED:
+        yield inductor.ISOLATED
         return
     # Before torch 2.14: forget the code, so that a model of the same class that ran compiled compiles once more.
     from torch._C._dynamo.eval_frame import reset_code

@@ -2,22 +2,22 @@
 
 import torch
 
-from ..ops.quant import quantize
-from ..ops.quant.scheme import SCHEMES
+from ..ops.quant import quantize, static_codes
+from ..ops.quant.scheme import Scheme
 from ..rule import Spelling
 
-_STATIC = SCHEMES["fp8_static"]
 
+def _static(name: str, scheme: str) -> Spelling:
+    """The arithmetic of a static scheme, as its own reference has it."""
+    kind = Scheme.parse(scheme)
 
-def _reciprocal(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (x.float() * scale.reciprocal()).clamp(-_STATIC.max, _STATIC.max).to(_STATIC.dtype)
+    def spelled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return static_codes(x, scale, kind)
 
-
-def _divide(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (x.float() / scale).clamp(-_STATIC.max, _STATIC.max).to(_STATIC.dtype)
+    return Spelling(name, quantize, spelled, {"scheme": scheme})
 
 
 SPELLINGS = (
-    Spelling("quant.fp8_static", quantize, _reciprocal, {"scheme": "fp8_static"}),
-    Spelling("quant.fp8_static_divide", quantize, _divide, {"scheme": "fp8_static,rounding=divide"}),
+    _static("quant.fp8_static", "fp8_static"),
+    _static("quant.fp8_static_divide", "fp8_static,rounding=divide"),
 )

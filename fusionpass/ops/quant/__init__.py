@@ -18,7 +18,7 @@ def quantized_outputs(arguments: Mapping[str, object]) -> tuple[str, ...]:
     return ("q",) if Scheme.parse(str(arguments["scheme"])).static else ("q", "scale")
 
 
-def static_scale(device: torch.device | str, generator: torch.Generator | None = None) -> torch.Tensor:
+def static_scale(device: torch.device | str) -> torch.Tensor:
     """A scale that leaves most normal values in range and clamps some."""
     return torch.full((), 0.0078125 * 1.1, dtype=torch.float32, device=device)
 
