@@ -10,8 +10,9 @@ from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusionpass.ops import quantize, rms_norm, silu_mul
+from fusionpass.passes.fuse import fuse
 from fusionpass.passes.normalize import normalize
-from fusionpass.passes.rewrite import fuse, recognise
+from fusionpass.passes.recognise import recognise
 from fusionpass.report.trace import GraphTrace
 from fusionpass.rules import FOLDS, SPELLINGS
 

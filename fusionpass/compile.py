@@ -4,6 +4,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +12,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from . import inductor, pipeline
 from .config import Config
-from .errors import ConfigError, MissError, NotCompiledError
+from .errors import ConfigError, MissError, NotCompiledError, nearest
+from .op import OPS
 from .report.dump import active_dump, write_graph
 from .report.trace import Report
 
@@ -105,6 +107,36 @@ def report(model: Any) -> Report:
             f"{type(model).__name__} was not compiled", "report", "Call fusionpass.compile(model) first"
         )
     return session.report
+
+
+def assert_fused(
+    fused: Any, op: str | None = None, count: int | None = None, *, scheme: str | None = None, where: str = "*"
+) -> None:
+    """Fail, with the report as the message, unless a model fused as expected: for tests.
+
+    Args:
+        fused: a compiled model or function that has run, or a `Report` (from `explain`).
+        op: the op that must run; None: some op must run, and nothing may be refused or missed.
+        count: at how many sites; None: at least at one.
+        scheme: only sites with this quantisation scheme.
+        where: only sites in modules whose path matches this glob: "model.layers.*.input_layernorm".
+
+    Raises:
+        AssertionError: something else fused, or did not.
+        NotCompiledError: `fused` is neither compiled nor a report.
+        ConfigError: there is no such op.
+    """
+    found = fused if isinstance(fused, Report) else report(fused)
+    if op is not None and op not in (names := {known.name for known in OPS.values()}):
+        raise ConfigError(f"there is no op {op!r}", "assert_fused", nearest(op, names))
+    sites = [
+        r for r in found.fused if op in (None, r.op) and scheme in (None, r.scheme) and fnmatchcase(r.where, where)
+    ]
+    misses = [r for r in (*found.refused, *found.missed) if fnmatchcase(r.where, where)] if op is None else []
+    asked = " ".join(part for part in (op or "op", scheme or "", f"in {where}" if where != "*" else "") if part)
+    if misses or len(sites) != (count if count is not None else max(1, len(sites))):
+        wanted = "at least 1" if count is None else str(count)
+        raise AssertionError(f"{len(sites)} sites run {asked}, not {wanted}; {len(misses)} misses\n{found}")
 
 
 def dynamo_backend(

@@ -34,6 +34,8 @@ class Config:
         cuda_graphs: "off", or "auto", which is "off" in this release: piecewise and full capture are not there yet.
         on_miss: what happens when something that looks like a fusion site did not fuse: "ignore" records it in the
             report, "warn" also warns, "error" raises `MissError`.
+        verify: run every rewrite beside what it replaces, on random and awkward inputs of the traced shapes, before it
+            is made; one that differs by more than the op's tolerance is not made, and the report says so. Slow.
         dump_dir: a folder for the graphs before and after each pass and the generated code.
         target: the target to plan kernels for; None: that of the traced inputs.
         rules: spellings and folds of one's own, tried before the package's. Not settable by the environment.
@@ -48,6 +50,7 @@ class Config:
     numerics: str = "fast"
     cuda_graphs: str = "auto"
     on_miss: str = "ignore"
+    verify: bool = False
     dump_dir: Path | None = None
     target: Arch | None = None
     rules: tuple["Spelling | Fold", ...] = ()
@@ -59,6 +62,8 @@ class Config:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r} does not exist", "Config", nearest(str(value), choices))
+        if not isinstance(self.verify, bool):
+            raise ConfigError(f"verify={self.verify!r} is not a bool", "Config", "Pass True or False")
         given: object = self.disable
         names = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [None]
         if not all(isinstance(name, str) for name in names):
@@ -120,6 +125,8 @@ def _from_environment(fields: Iterable[str]) -> Config:
             values[name] = frozenset(part.strip() for part in text.split(",") if part.strip())
         elif name == "target":
             values[name] = Arch(text)
+        elif name == "verify":
+            values[name] = {"1": True, "true": True, "0": False, "false": False}.get(text.lower(), text)
         else:
             values[name] = text
     return Config(**values)

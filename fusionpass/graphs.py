@@ -16,6 +16,9 @@ CAST = torch.ops.prims.convert_element_type.default
 COMMUTATIVE = frozenset({aten.add.Tensor, aten.mul.Tensor, aten.maximum.default, aten.minimum.default})
 
 
+_CODES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.int8)
+
+
 def value(node: Node) -> torch.Tensor | None:
     """The fake tensor that a node stands for, if it is one."""
     val = node.meta.get("val")
@@ -33,10 +36,17 @@ def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 
 def same_number(a: Any, b: Any) -> bool:
-    """Equality of constants once rounded to float32, since tracing on some devices has already rounded them."""
+    """Equality of constants once rounded to float32, since tracing on some devices has already rounded them.
+
+    Integers are equal or not: some are the bits of something.
+    """
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
-    return isinstance(a, int | float) and isinstance(b, int | float) and (a == b or _fp32(a) == _fp32(b))
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    if not isinstance(a, int | float) or not isinstance(b, int | float):
+        return False
+    return a == b or _fp32(a) == _fp32(b) or (a != a and b != b)
 
 
 def _fp32(number: float) -> float:
@@ -44,9 +54,9 @@ def _fp32(number: float) -> float:
 
 
 def marks_a_site(node: Node) -> bool:
-    """Whether a node by itself says that something here could be an op: a norm's root, a cast to an 8-bit type."""
+    """Whether a node by itself says that something here could be an op: a norm's root, a cast to codes."""
     if node.target is CAST:
-        return bool(node.args[1].itemsize == 1)  # type: ignore[union-attr]
+        return node.args[1] in _CODES
     return node.target in (aten.rsqrt.default, aten.var_mean.correction)
 
 
@@ -74,6 +84,17 @@ def source_line(node: Node) -> str:
     """`file:line, code` of the innermost user frame of a node; empty if unknown."""
     found = re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s*(.*)', node.meta.get("stack_trace") or "")
     return f"{found[-1][0]}:{found[-1][1]}, {found[-1][2].strip()}" if found else ""
+
+
+def mutated(first: Node, last: Node) -> str | None:
+    """The reason why nothing may move from `first` to `last`: something in between writes to memory. None: nothing."""
+    node = first
+    while node is not last and node.op != "output":
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            return f"{node.name} writes to memory in between"
+        node = node.next
+    return None
 
 
 def outputs_of(node: Node) -> dict[int, Node]:
@@ -110,3 +131,11 @@ def inherit(node: Node, val: Any, extra: Mapping[str, Any] | None = None) -> dic
         if k in node.meta
     }
     return {**kept, "val": val, **(extra or {})}
+
+
+def differs(new: torch.Tensor, old: torch.Tensor | None) -> str | None:
+    """The reason why `new` cannot stand for `old`; None: shape and dtype are the same."""
+    if old is None or new.dtype != old.dtype or not same_shape(new.shape, old.shape):
+        expected = f"{old.dtype}{list(old.shape)}" if old is not None else "no tensor"
+        return f"the op would return {new.dtype}{list(new.shape)}, the graph has {expected}"
+    return None

@@ -154,12 +154,13 @@ def _lower_op(overload: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any
         # Called by the model and compiled without our passes.
         return lowering.fallback_handler(overload, add_to_fallback_set=False)(*args, **kwargs)
     launch, device = planned.launch, planned.launch.device
+    given = OPS[overload].bind(args, kwargs)
     arguments: dict[str, Any] = {}
     for name, value in launch.args.items():
         if isinstance(value, Empty):
             arguments[name] = _allocate(value, device)
         elif isinstance(value, torch.Tensor):
-            arguments[name] = args[planned.positions[name]]
+            arguments[name] = given[planned.sources[name]]
         else:
             arguments[name] = _expression(value)
     written = [name for name, value in launch.args.items() if isinstance(value, Empty)]

@@ -1,13 +1,13 @@
 """The matcher: structural, commutative, starts at a rare node, and remembers how far it got."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from .graphs import CAST, COMMUTATIVE, same_number, value
+from .graphs import CAST, COMMUTATIVE, VIEWS, aten, same_number, value
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -18,28 +18,36 @@ class Match:
 
     Attributes:
         nodes: pattern node → graph node, inputs included.
-        root: the graph node whose value the op replaces.
+        outputs: the graph nodes whose values the op replaces, in the order of its outputs.
         arguments: the op's arguments by name: nodes and numbers.
     """
 
     nodes: Mapping[Node, Node]
-    root: Node
+    outputs: tuple[Node, ...]
     arguments: Mapping[str, Any]
+
+    @property
+    def root(self) -> Node:
+        """The first output."""
+        return self.outputs[0]
 
     def interior(self) -> set[Node]:
         """The graph nodes that the op replaces."""
         return {g for p, g in self.nodes.items() if p.op == "call_function"}
 
     def leak(self, others: Iterable["Match"]) -> tuple[Node, Node] | None:
-        """A replaced node that somebody else reads too; the root, casts of inputs and single numbers are free.
+        """A replaced node that somebody else reads too; what costs nothing to have twice is free.
 
-        What `others` replace as well is nobody else: two norms of one tensor share all but their weights.
+        That is the outputs, constants, single numbers, and views and casts of inputs and outputs. What `others` replace
+        as well is nobody else: two norms of one tensor share all but their weights.
         """
         inside = set().union(*(match.interior() for match in others), self.interior())
-        inputs = {g for p, g in self.nodes.items() if p.op == "placeholder"}
-        for node in sorted(self.interior() - {self.root}):
+        free = {*self.outputs, *(g for p, g in self.nodes.items() if p.op == "placeholder")}
+        for node in sorted(self.interior() - set(self.outputs)):
             val = value(node)
-            if (node.target is CAST and node.args[0] in inputs) or (val is not None and val.dim() == 0):
+            cheap = node.target in (CAST, *VIEWS, aten.unsqueeze.default) or not node.all_input_nodes
+            if (cheap and free.issuperset(node.all_input_nodes)) or (val is not None and val.dim() == 0):
+                free.add(node)
                 continue
             for user in node.users:
                 if user not in inside:
@@ -77,11 +85,12 @@ class Pattern:
     """A traced spelling to look for.
 
     Args:
-        graph: normalised; one output.
+        graph: normalised; its outputs are the op's.
         names: the parameter name of each placeholder, in order.
         scalars: parameter name → the number that stands for it in the graph.
         half: the dtype that stands for bfloat16 or float16.
         anchor: where a search starts.
+        shapes: the arguments, by node and position, that are sizes: None where the size depends on the input's.
     """
 
     graph: Graph
@@ -89,10 +98,12 @@ class Pattern:
     scalars: Mapping[str, float]
     half: torch.dtype
     anchor: Node
+    shapes: Mapping[tuple[Node, int], Sequence[int | None]] = field(default_factory=dict)
     order: list[Node] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.root: Node = _single(self.graph.find_nodes(op="output")[0].args[0])
+        result = self.graph.find_nodes(op="output")[0].args[0]
+        self.outputs: list[Node] = list(result) if isinstance(result, list | tuple) else [result]
         self.size = sum(n.op == "call_function" for n in self.graph.nodes)
         # Forward steps only: a node's operands are matched with it.
         self.order = [n for n in self.graph.nodes if n.op == "call_function"]
@@ -104,16 +115,16 @@ class Pattern:
         return self.anchor.target is not CAST or bool(node.args[1] == self.anchor.args[1])
 
     def search(self, anchor: Node) -> list[Match] | Attempt:
-        """The matches around `anchor`, one for each root that can be reached from it, or how far the search got."""
+        """The matches around `anchor`, one for each that can be reached from it, or how far the search got."""
         attempt = Attempt(total=self.size)
         start = _State({}, {}, None)
-        found: dict[Node, Match] = {}
+        found: dict[tuple[Node, ...], Match] = {}
         for state in self._node(start, self.anchor, anchor, attempt):
             for done in self._forward(state, attempt):
-                root = done.nodes[self.root]
+                outputs = tuple(done.nodes[p] for p in self.outputs)
                 inputs = zip(self.names, self._placeholders(), strict=True)
                 arguments = {name: done.nodes[p] for name, p in inputs if p in done.nodes}
-                found.setdefault(root, Match(done.nodes, root, {**arguments, **done.scalars}))
+                found.setdefault(outputs, Match(done.nodes, outputs, {**arguments, **done.scalars}))
         return list(found.values()) or attempt
 
     def _placeholders(self) -> list[Node]:
@@ -133,7 +144,7 @@ class Pattern:
                 found = ", ".join(sorted({_name(u) for u in g.users})) or "nothing"
                 attempt.fail(_count(state), g, f"expected {_name(p)} to read it, found {found}")
             return
-        if self.root in state.nodes:
+        if all(p in state.nodes for p in self.outputs):
             yield state
 
     def _node(self, state: _State, p: Node, g: Any, attempt: Attempt) -> Iterator[_State]:
@@ -161,8 +172,14 @@ class Pattern:
             return
         entered = state.with_node(p, g)
         orders = [g.args, g.args[::-1]] if p.target in COMMUTATIVE and len(g.args) == 2 else [g.args]
+        for position, sizes in ((i, sizes) for (node, i), sizes in self.shapes.items() if node is p):
+            actual = g.args[position]
+            if not isinstance(actual, list | tuple) or not _sizes_fit(sizes, actual):
+                attempt.fail(_count(state), g, f"expected the sizes {_sizes(sizes)}, found {_sizes(actual)}")
+                return
         for args in orders:
-            pairs = [*zip(p.args, args, strict=True), *((p.kwargs[k], g.kwargs[k]) for k in p.kwargs)]
+            positions = [i for i in range(len(args)) if (p, i) not in self.shapes]
+            pairs = [*((p.args[i], args[i]) for i in positions), *((p.kwargs[k], g.kwargs[k]) for k in p.kwargs)]
             # Constants first: they fail sooner than a chain of operands.
             yield from self._arguments(entered, sorted(pairs, key=lambda pair: isinstance(pair[0], Node)), g, attempt)
 
@@ -172,6 +189,8 @@ class Pattern:
             return
         (p, actual), rest = pairs[0], pairs[1:]
         if isinstance(p, Node):
+            if not isinstance(actual, Node):
+                attempt.fail(_count(state) - 1, g, f"expected a tensor, found the constant {actual}")
             for deeper in self._node(state, p, actual, attempt):
                 yield from self._arguments(deeper, rest, g, attempt)
             return
@@ -202,6 +221,8 @@ class Pattern:
                     return None
                 state = found
             return state
+        if isinstance(p, torch.device) and isinstance(actual, torch.device):
+            return state if p.type == actual.type else None
         return state if p == actual and not isinstance(actual, Node) else None
 
     def _dtype(self, state: _State, p: torch.Tensor | None, g: torch.Tensor | None) -> _State | None:
@@ -210,8 +231,13 @@ class Pattern:
         return self._literal(state, p.dtype, g.dtype)
 
 
-def _single(result: Any) -> Node:
-    return _single(result[0]) if isinstance(result, list | tuple) else result
+def _sizes_fit(wanted: Sequence[int | None], actual: Any) -> bool:
+    """Whether the sizes agree, counted from the last dimension, wherever the pattern's do not depend on its input."""
+    return all(w is None or w == a for w, a in zip(reversed(wanted), reversed(actual), strict=False))
+
+
+def _sizes(sizes: Any) -> str:
+    return "[" + ", ".join("any" if size is None else str(size) for size in sizes) + "]"
 
 
 def _count(state: _State) -> int:

@@ -27,12 +27,15 @@ class Tolerance:
         fp32_ulp: largest distance where the output is float32, which no later rounding hides.
         floor: differences up to this share of the tensor's largest finite magnitude do not count, for functions that
             cancel: `1 + erf(x)` of a very negative `x` has no correct digits in the reference either.
+        cancels: an element that differs may do so by this many steps of the tensor's largest magnitude instead: a sum of
+            rounded terms cancels, and one step of a term is many of the sum. `fraction` still bounds how many do.
     """
 
     ulp: int = 0
     fraction: float = 0.0
     fp32_ulp: int = 0
     floor: float = 0.0
+    cancels: float = 0.0
 
 
 EXACT = Tolerance()
@@ -107,6 +110,14 @@ class Op:
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return dict(bound.arguments)
+
+    def call(self, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments by name as a call: what has no default by position, what differs from its default by keyword."""
+        given, defaults = dict(arguments), self.signature.parameters
+        required = [name for name, p in defaults.items() if p.default is inspect.Parameter.empty]
+        args = tuple(given.pop(name) for name in required)
+        changed = {k: v for k, v in given.items() if v is not defaults[k].default and v != defaults[k].default}
+        return args, changed
 
     def plan(
         self, arch: Arch, arguments: Mapping[str, Any], disable: frozenset[str] = frozenset()

@@ -8,9 +8,11 @@ from torch.fx import Graph, Node
 from .config import Config
 from .passes.cleanup import cleanup
 from .passes.exact import keep_reductions
+from .passes.fuse import fuse
+from .passes.layout import lay_out
 from .passes.lower import lower
 from .passes.normalize import normalize
-from .passes.rewrite import fuse, recognise
+from .passes.recognise import recognise
 from .report.show import show
 from .report.trace import GraphTrace
 from .rule import Fold, Spelling
@@ -24,7 +26,7 @@ def early(config: Config, trace: GraphTrace) -> list[Pass]:
     spellings = [*(rule for rule in config.rules if isinstance(rule, Spelling)), *SPELLINGS]
     return [
         ("normalize", normalize),
-        ("recognise", lambda graph: recognise(graph, spellings, trace, config.disable)),
+        ("recognise", lambda graph: recognise(graph, spellings, trace, config.disable, config.verify)),
     ]
 
 
@@ -32,8 +34,9 @@ def late(config: Config, trace: GraphTrace, parameters: frozenset[Node] = frozen
     """After the joint passes, before code generation; `parameters` are the graph's inputs that no kernel writes."""
     folds = [*(rule for rule in config.rules if isinstance(rule, Fold)), *FOLDS]
     return [
-        ("fuse", lambda graph: fuse(graph, folds, trace, config.disable)),
-        ("lower", lambda graph: lower(graph, trace, config.target, config.disable, parameters)),
+        ("fuse", lambda graph: fuse(graph, folds, trace, config.disable, config.verify)),
+        ("layout", lay_out),
+        ("lower", lambda graph: lower(graph, trace, config.target, config.disable, parameters, config.verify)),
         *([("keep_reductions", keep_reductions)] if config.numerics == "eager" else []),
         ("cleanup", cleanup),
     ]

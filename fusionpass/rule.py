@@ -16,14 +16,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .errors import ArgumentError, RuleError
 from .graphs import CAST, VIEWS, aten, marks_a_site
 from .match import Pattern
-from .op import Op
+from .op import Op, Refusal
 from .passes.normalize import normalize
 
 HALF = torch.bfloat16
 """The dtype that stands for either 16-bit float in a traced spelling."""
 
-_UNCOMMON = (aten.erf.default, aten.tanh.default, aten.exp.default)
+_UNCOMMON = (aten.erf.default, aten.tanh.default, aten.exp.default, aten.sigmoid.default, aten.relu.default)
 _COMMON = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, CAST, *VIEWS)
+_SHAPED = (*VIEWS, aten.expand.default, aten.full.default)
+_SIZES = ((4, 256), (6, 384))
+"""Rows and columns of the two traces whose difference tells which sizes depend on the input's."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ class Spelling:
         name: "family.model", as in reports and `Config.disable`.
         op: what it means.
         function: plain PyTorch, its parameters named as the op's; tensors are matched to anything, numbers are bound.
+            It returns what the op returns.
         constants: arguments of the op that this spelling fixes.
+        refuse: `refuse(arguments)`, the reason why a match with these arguments (nodes and numbers) is none after all.
 
     The function is traced on the op's own sample, for every combination of 16-bit and float32 parameters, through the
     same decompositions and the same `normalize` as the graphs that it is looked for in.
@@ -44,6 +49,7 @@ class Spelling:
     op: Op
     function: Callable[..., Any]
     constants: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    refuse: Callable[[Mapping[str, Any]], Refusal] | None = None
 
     @functools.cache  # noqa: B019  (a rule lives as long as the process)
     def patterns(self, device: str) -> list[Pattern]:
@@ -52,36 +58,131 @@ class Spelling:
         Raises:
             RuleError: a number among the parameters does not appear in the traced graph.
         """
-        with FakeTensorMode(), torch.no_grad():
-            sample = self.op.sample(4, 8, HALF, "cpu", None)
-            wanted = inspect.signature(self.function).parameters
-            scalars = {k: 0.0123 + i for i, (k, v) in enumerate(sample.items()) if k in wanted and isinstance(v, float)}
-            tensors = {k: v.to(device) for k, v in sample.items() if k in wanted and isinstance(v, torch.Tensor)}
-            free = [k for k, v in tensors.items() if v.dtype == HALF]
-            found: list[Pattern] = []
-            for dtypes in itertools.product((HALF, torch.float32), repeat=len(free)):
-                inputs = {**tensors, **{k: tensors[k].to(d) for k, d in zip(free, dtypes, strict=True)}}
-                try:
-                    graph = self._trace(inputs, scalars)
-                except ArgumentError:
-                    continue  # the op does not take this combination
-                found.append(Pattern(graph, list(inputs), scalars, HALF, _anchor(graph)))
-        return found
+        return _patterns(f"Spelling {self.name}", self.function, self.op, device, _anchor)
 
-    def _trace(self, inputs: dict[str, torch.Tensor], scalars: dict[str, float]) -> Graph:
-        names = list(inputs)
 
-        def call(*tensors: torch.Tensor) -> Any:
-            return self.function(**dict(zip(names, tensors, strict=True)), **scalars)
+@dataclass(frozen=True)
+class Fold:
+    """A producer whose output an op reads, as one op.
 
-        graph = make_fx(call, decomposition_table=select_decomp_table())(*inputs.values()).graph
-        normalize(graph)
-        graph.eliminate_dead_code()
-        literals = repr([n.args for n in graph.nodes])
-        for name, number in scalars.items():
-            if repr(number) not in literals:
-                raise RuleError(f"the number {name!r} does not appear in the traced graph", f"Spelling {self.name}")
-        return graph
+    Args:
+        name: as in reports and `Config.disable`.
+        producer: an op; or functions of plain PyTorch that are looked for in front of the consumer, in turn, their
+            parameters named as the fused op's.
+        consumer: the op that reads `output`.
+        fused: the op that is both.
+        output: the producer's output in between, by its name among the fused op's outputs; where others read it too,
+            the fused op returns it as well.
+        reads: the consumer's arguments that may be that output; default its first.
+        join: `join(given, asked) -> (arguments, renamed)`, or the reason why not: the fused op's arguments from the
+            producer's and the consumer's (`asked` without what it read), and the consumer's outputs that the fused op
+            calls otherwise. Default: each argument by its own name.
+    """
+
+    name: str
+    producer: Op | tuple[Callable[..., Any], ...]
+    consumer: Op
+    fused: Op
+    output: str
+    reads: tuple[str, ...] = ()
+    join: Callable[[dict[str, Any], dict[str, Any]], tuple[dict[str, Any], dict[str, str]] | str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.join is not None:
+            return
+        given = (self.producer.reference,) if isinstance(self.producer, Op) else self.producer
+        wanted = {n for n, p in self.fused.signature.parameters.items() if p.default is inspect.Parameter.empty}
+        for function in given:
+            offered = {*inspect.signature(function).parameters, *list(self.consumer.signature.parameters)[1:]}
+            if missing := wanted - offered:
+                raise RuleError(f"nothing gives the arguments {sorted(missing)} of {self.fused}", f"Fold {self.name}")
+
+    @functools.cache  # noqa: B019
+    def patterns(self, device: str) -> list[Pattern]:
+        """The graphs of producers that are plain PyTorch, each anchored at its output.
+
+        Raises:
+            RuleError: as `Spelling.patterns`.
+        """
+        assert not isinstance(self.producer, Op)
+        found = (_patterns(f"Fold {self.name}", function, self.fused, device, _output) for function in self.producer)
+        return list(itertools.chain.from_iterable(found))
+
+    def joined(self, given: dict[str, Any], asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]] | str:
+        """The fused op's arguments and the renamed outputs, or why not; see `join`."""
+        return self.join(given, asked) if self.join is not None else ({**given, **asked}, {})
+
+
+def _patterns(
+    where: str, function: Callable[..., Any], op: Op, device: str, anchor: Callable[[Graph], Node]
+) -> list[Pattern]:
+    found: list[Pattern] = []
+    with FakeTensorMode(), torch.no_grad():
+        inputs, scalars = _inputs(function, op, device, *_SIZES[0])
+        free = [k for k, v in inputs.items() if v.dtype == HALF]
+        for dtypes in itertools.product((HALF, torch.float32), repeat=len(free)):
+            kinds = dict(zip(free, dtypes, strict=True))
+            try:
+                graph = _trace(function, inputs, kinds, scalars, where)
+                shapes = {}
+                if any(node.target in _SHAPED for node in graph.nodes):
+                    other = _trace(function, _inputs(function, op, device, *_SIZES[1])[0], kinds, scalars, where)
+                    shapes = _free_sizes(graph, other)
+            except ArgumentError:
+                continue  # the op does not take this combination
+            found.append(Pattern(graph, list(inputs), scalars, HALF, anchor(graph), shapes))
+    return found
+
+
+def _inputs(
+    function: Callable[..., Any], op: Op, device: str, rows: int, columns: int
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Tensors and numbers for the function's parameters: the op's sample, and what it leaves to its defaults."""
+    sample = op.sample(rows, columns, HALF, "cpu", None)
+    first = next(v for v in sample.values() if isinstance(v, torch.Tensor))
+    tensors, scalars = {}, {}
+    for i, (name, parameter) in enumerate(inspect.signature(function).parameters.items()):
+        if name in op.options.values() or parameter.annotation in (bool, str):
+            continue
+        value = sample.get(name, 1.0 if parameter.annotation is float else torch.empty_like(first))
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value.to(device)
+        elif isinstance(value, float):
+            scalars[name] = 0.0123 + i
+    return tensors, scalars
+
+
+def _trace(
+    function: Callable[..., Any],
+    inputs: Mapping[str, torch.Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    scalars: Mapping[str, float],
+    where: str,
+) -> Graph:
+    names = list(inputs)
+
+    def call(*tensors: torch.Tensor) -> Any:
+        return function(**dict(zip(names, tensors, strict=True)), **scalars)
+
+    made = [v.to(dtypes.get(k, v.dtype)) for k, v in inputs.items()]
+    graph = make_fx(call, decomposition_table=select_decomp_table())(*made).graph
+    normalize(graph)
+    graph.eliminate_dead_code()
+    literals = repr([n.args for n in graph.nodes])
+    for name, number in scalars.items():
+        if repr(number) not in literals:
+            raise RuleError(f"the number {name!r} does not appear in the traced graph", where)
+    return graph
+
+
+def _free_sizes(graph: Graph, other: Graph) -> dict[tuple[Node, int], list[int | None]]:
+    """The sizes that are arguments, by node and position: None where the two traces differ."""
+    shapes: dict[tuple[Node, int], list[int | None]] = {}
+    for a, b in zip(graph.nodes, other.nodes, strict=True):
+        for i, (here, there) in enumerate(zip(a.args, b.args, strict=True)):
+            if a.target in _SHAPED and isinstance(here, list | tuple) and isinstance(there, list | tuple):
+                shapes[a, i] = [m if m == n else None for m, n in zip(here, there, strict=True)]
+    return shapes
 
 
 def _anchor(graph: Graph) -> Node:
@@ -94,35 +195,6 @@ def _anchor(graph: Graph) -> Node:
     return nodes[-1]
 
 
-@dataclass(frozen=True)
-class Fold:
-    """A producer whose output an op reads first, as one op.
-
-    Args:
-        name: as in reports and `Config.disable`.
-        producer: an op, or an aten overload.
-        consumer: the op that reads `output` as its first argument.
-        fused: the op that is both; its arguments are theirs, by name.
-        output: the producer's output in between, by its name among the fused op's outputs; where others read it too,
-            the fused op returns it as well.
-        names: the fused op's names for the arguments of an aten producer.
-    """
-
-    name: str
-    producer: Op | torch._ops.OpOverload
-    consumer: Op
-    fused: Op
-    output: str
-    names: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        offered = set(self.names) if self.names else set(self.producer.signature.parameters)  # type: ignore[union-attr]
-        offered |= set(list(self.consumer.signature.parameters)[1:])
-        missing = set(self.fused.signature.parameters) - offered - set(self.fused.options.values())
-        if missing:
-            raise RuleError(f"nothing gives the arguments {sorted(missing)} of {self.fused}", f"Fold {self.name}")
-
-    @property
-    def target(self) -> torch._ops.OpOverload:
-        """What the producer looks like in a graph."""
-        return self.producer.overload if isinstance(self.producer, Op) else self.producer
+def _output(graph: Graph) -> Node:
+    result: Any = graph.find_nodes(op="output")[0].args[0]
+    return result[0] if isinstance(result, list | tuple) else result  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .op import Op, Tolerance
+from .op import EXACT, Op, Tolerance
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -68,18 +68,26 @@ class Difference:
         return self.ulp <= tolerance.ulp and self.different <= allowed
 
 
-def difference(actual: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> Difference:
-    """How far `actual` is from `expected`; differences up to `floor` times the largest magnitude count as none.
+def difference(actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance = EXACT) -> Difference:
+    """How far `actual` is from `expected`, where `tolerance.floor` and `tolerance.cancels` leave a difference.
+
+    Integers differ by their values.
 
     Raises:
         AssertionError: their shapes or dtypes are not the same.
     """
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)
-    distance = ulp_distance(actual, expected)
-    if floor and distance.numel():
+    if not actual.is_floating_point():
+        distance = (actual.long() - expected.long()).abs()
+    else:
+        distance = ulp_distance(actual, expected)
+    if (tolerance.floor or tolerance.cancels) and distance.numel():
         largest = expected.double().nan_to_num(0, 0, 0).abs().max()
-        distance = torch.where((actual.double() - expected.double()).abs() <= floor * largest, 0, distance)
+        apart = (actual.double() - expected.double()).abs()
+        distance = torch.where(apart <= tolerance.floor * largest, 0, distance)
+        step = tolerance.cancels * torch.finfo(expected.dtype).eps * largest
+        distance = torch.where(apart <= step, distance.clamp(max=1), distance)
     return Difference(
         int(distance.max()) if distance.numel() else 0, int((distance > 0).sum()), distance.numel(), actual.dtype
     )

@@ -43,7 +43,7 @@ def test_the_verdict_names_the_worst_cell():
 def test_the_matcher_is_timed_on_a_graph_that_fuses():
     from bench.matcher import measure, stack
     from fusionpass.passes.normalize import normalize
-    from fusionpass.passes.rewrite import recognise
+    from fusionpass.passes.recognise import recognise
     from fusionpass.report import GraphTrace
     from fusionpass.rules import SPELLINGS
 

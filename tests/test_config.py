@@ -25,6 +25,7 @@ def test_defaults():
         "numerics": "fast",
         "cuda_graphs": "auto",
         "on_miss": "ignore",
+        "verify": False,
         "dump_dir": None,
         "target": None,
         "rules": (),
@@ -38,6 +39,7 @@ VALUES = [
     ("disable", ["fuse", "triton", "fuse"], frozenset({"fuse", "triton"})),
     ("disable", (name for name in ["add_rms_norm"]), frozenset({"add_rms_norm"})),
     ("numerics", "eager", "eager"),
+    ("verify", True, True),
     ("cuda_graphs", "off", "off"),
     ("on_miss", "warn", "warn"),
     ("on_miss", "error", "error"),
@@ -122,6 +124,8 @@ ENVIRONMENT = [
     ("DUMP_DIR", "some/folder", "dump_dir", Path("some/folder")),
     ("TARGET", "gfx942", "target", Arch("gfx942")),
     ("NUMERICS", "", "numerics", "fast"),
+    ("VERIFY", "1", "verify", True),
+    ("VERIFY", "false", "verify", False),
 ]
 
 
@@ -140,6 +144,7 @@ def test_environment(monkeypatch, variable, text, field, value):
     ("variable", "text", "error", "message"),
     [
         ("NUMERICS", "eagre", ConfigError, "Did you mean 'eager'"),
+        ("VERIFY", "perhaps", ConfigError, "verify='perhaps' is not a bool"),
         ("ON_MISS", "fail", ConfigError, "on_miss='fail' does not exist"),
         ("DISABLE", "norm.lama", ConfigError, "Did you mean 'norm.llama'"),
         ("TARGET", "sm90", ArchError, "Did you mean 'sm_90'"),

@@ -35,16 +35,16 @@ def power(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_spellings_of_one_norm(spelled: Callable[..., Any], dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     report = fusionpass.explain(spelled, X.to(dtype), WEIGHT.to(weight_dtype))
-    mixed_halves = {dtype, weight_dtype} == {torch.bfloat16, torch.float16}
-    assert report.count("rms_norm") == (not mixed_halves), str(report)
-    assert len(report.missed) == mixed_halves
+    assert report.count("rms_norm", rule="norm.llama") == 1, str(report)
+    assert not report.missed
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-12, 9.999999974752427e-07, 1e-6, 3e-4, 1.0])
 def test_any_eps_is_bound(eps: float) -> None:
     report = fusionpass.explain(lambda x, w: llama(x, w, eps), X, WEIGHT)
     assert report.count("rms_norm") == 1
-    assert repr(eps) in report.graphs[0].snapshots[2][1]
+    graph = report.graphs[0].snapshots[2][1]
+    assert f"eps={eps!r}" in graph if eps != 1e-6 else "eps=" not in graph
 
 
 @pytest.mark.parametrize("shape", [(WIDTH,), (2, WIDTH), (2, 3, 5, WIDTH)])
@@ -72,10 +72,6 @@ def test_spellings_of_gated_activations(name: str, dtype: torch.dtype, packed: b
     report = fusionpass.explain(function, X.to(dtype), X.to(dtype) + 1, SCALE)
     assert report.count(f"{name.partition('_')[0]}_mul_quantize", scheme="fp8_static") == 1, str(report)
     assert not report.missed
-
-
-def ungated(x: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.silu(x)
 
 
 def softmax(x: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -128,7 +124,6 @@ def other_type(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 MISSED: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...], str, str]] = [
-    (ungated, (X, X), "activation.silu_mul", "expected aten.mul.Tensor to read it, found the output output"),
     (other_axis, (X, WEIGHT), "norm.llama", "expected the constant [-1], found [-2]"),
     (cubed, (X, WEIGHT), "norm.llama", "expected the constant 2, found 3"),
     (late_cast, (X, WEIGHT), "norm.llama", "then at"),
@@ -181,12 +176,11 @@ def test_norms_of_one_tensor_share_all_but_their_weights() -> None:
 
 
 def test_a_broadcast_weight_is_refused() -> None:
-    report = fusionpass.explain(llama, X, torch.ones(4, WIDTH, dtype=torch.bfloat16))
-    (refused,) = report.refused
-    assert "weight has shape (4, 32)" in refused.reason
-    report = fusionpass.explain(llama, X, torch.ones(1, dtype=torch.bfloat16))
-    (refused,) = report.refused
-    assert "weight has shape (1,), x has width 32" in refused.reason
+    for shape in ((4, WIDTH), (1,)):
+        report = fusionpass.explain(llama, X, torch.ones(shape, dtype=torch.bfloat16))
+        (fused,) = report.fused
+        assert fused.rule == "norm.weightless"
+        assert f"not norm.llama: rms_norm: weight has shape {shape}, x has width 32" in fused.reason
 
 
 def test_a_scale_per_column_is_refused() -> None:
@@ -208,9 +202,9 @@ def test_a_broadcast_residual_is_refused() -> None:
 @pytest.mark.parametrize(
     ("add", "reason"),
     [
-        (lambda x, r: torch.add(x, r, alpha=2), "is called with {'alpha': 2}"),
-        (lambda x, r: x + 1, "adds a number, not a tensor"),
-        (lambda x, r: x + r.float(), "They must be alike"),
+        (lambda x, r: torch.add(x, r, alpha=2), "is called with other arguments"),
+        (lambda x, r: x + 1, "expected a tensor, found the constant 1"),
+        (lambda x, r: x + r[:1], "They must be alike"),
     ],
 )
 def test_other_additions_are_refused(add: Callable[..., torch.Tensor], reason: str) -> None:

@@ -8,7 +8,6 @@ import torch
 import fusionpass
 from fusionpass import Config, Fold, Spelling
 from fusionpass.errors import RuleError
-from fusionpass.graphs import aten
 from fusionpass.ops import add_rms_norm, rms_norm
 from fusionpass.rules import FOLDS, SPELLINGS
 from tests.models import LlamaNorm
@@ -32,7 +31,7 @@ def test_names_are_unique_and_have_a_family() -> None:
 def test_every_spelling_finds_itself(spelling: Spelling, device: str) -> None:
     for pattern in spelling.patterns(device):
         (match,) = pattern.search(pattern.anchor)
-        assert match.root is pattern.root
+        assert list(match.outputs) == pattern.outputs
         assert len(match.interior()) == pattern.size
         assert set(match.arguments) == {*pattern.names, *pattern.scalars}
 
@@ -47,7 +46,7 @@ def test_a_number_that_the_graph_does_not_hold() -> None:
 
 def test_a_fold_must_have_all_arguments() -> None:
     with pytest.raises(RuleError, match=r"Fold mine: nothing gives the arguments \['residual', 'x'\]"):
-        Fold("mine", aten.add.Tensor, rms_norm, add_rms_norm, "residual", names=("a", "b"))
+        Fold("mine", (lambda a, b: a + b,), rms_norm, add_rms_norm, "residual")
     with pytest.raises(RuleError, match=r"nothing gives the arguments \['residual'\] of fusionpass.add_rms_norm"):
         Fold("mine", rms_norm, rms_norm, add_rms_norm, "norm")
 
@@ -73,7 +72,10 @@ def test_a_fold_of_ones_own_comes_first() -> None:
     def model(x: torch.Tensor, residual: torch.Tensor) -> Any:
         return norm(x + residual)
 
-    mine = Fold("mine.add", aten.add.Tensor, rms_norm, add_rms_norm, "residual", names=("residual", "x"))
+    def total(residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return residual + x
+
+    mine = Fold("mine.add", (total,), rms_norm, add_rms_norm, "residual")
     report = fusionpass.explain(model, X, X, config=Config(rules=(mine,)))
     assert report.count("add_rms_norm", rule="mine.add") == 1
     assert report.count("add_rms_norm", rule="norm.add") == 0

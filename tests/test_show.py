@@ -33,7 +33,9 @@ def _mixed(x, weight):
 
 
 def _fused(x, weight):
-    return ops.add_rms_norm_quantize(x, x, weight, torch.full((), 0.02), 1e-6, "fp8_static,rounding=divide", True)
+    return ops.add_rms_norm_quantize(
+        x, x, weight, scale=torch.full((), 0.02), scheme="fp8_static,rounding=divide", norm_out=True
+    )
 
 
 X, W = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), torch.rand(8) + 0.5
@@ -70,7 +72,7 @@ def test_each_value_has_its_type_beside_it():
 def test_lists_of_results_have_all_their_types():
     (line,) = [line for line in show(_graph(_fused, X, W)).splitlines() if "add_rms_norm_quantize.default(" in line]
     assert line.endswith("# e4m3[4, 8], f32[4, 8], f32[4, 8]")
-    assert "'fp8_static,rounding=divide', True" in line
+    assert "'fp8_static,rounding=divide', None" in line
 
 
 def test_renaming_forgets_names_alone():

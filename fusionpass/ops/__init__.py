@@ -1,12 +1,39 @@
 """What exists: every op, with its plain PyTorch reference and its kernels."""
 
-from .activation import gelu_mul, gelu_mul_quantize, silu_mul, silu_mul_quantize
+from .activation import (
+    clamped_swiglu,
+    clamped_swiglu_quantize,
+    gelu,
+    gelu_mul,
+    gelu_mul_quantize,
+    gelu_quantize,
+    relu_squared,
+    relu_squared_quantize,
+    silu,
+    silu_mul,
+    silu_mul_quantize,
+    silu_quantize,
+)
 from .attention import view_heads
-from .norm import add_rms_norm, add_rms_norm_quantize, rms_norm, rms_norm_quantize
-from .quant import quantize
+from .norm import (
+    add,
+    add_layer_norm,
+    add_layer_norm_quantize,
+    add_quantize,
+    add_rms_norm,
+    add_rms_norm_quantize,
+    layer_norm,
+    layer_norm_quantize,
+    rms_norm,
+    rms_norm_quantize,
+)
+from .quant import dequantize, quantize
 from .quant.scheme import Scheme
 
 __all__ = [
-    "Scheme", "add_rms_norm", "add_rms_norm_quantize", "gelu_mul", "gelu_mul_quantize", "quantize", "rms_norm",
-    "rms_norm_quantize", "silu_mul", "silu_mul_quantize", "view_heads",
+    "Scheme", "add", "add_layer_norm", "add_layer_norm_quantize", "add_quantize", "add_rms_norm",
+    "add_rms_norm_quantize", "clamped_swiglu", "clamped_swiglu_quantize", "dequantize", "gelu", "gelu_mul",
+    "gelu_mul_quantize", "gelu_quantize", "layer_norm", "layer_norm_quantize", "quantize", "relu_squared",
+    "relu_squared_quantize", "rms_norm", "rms_norm_quantize", "silu", "silu_mul", "silu_mul_quantize", "silu_quantize",
+    "view_heads",
 ]  # fmt: skip

@@ -66,7 +66,11 @@ def row_stride(tensor: torch.Tensor, name: str) -> Any:
     return wider[-1][1] if wider else width
 
 
+def alike_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the shape is the same."""
+    return a.dim() == b.dim() and all(known(m == n) for m, n in zip(a.shape, b.shape, strict=True))
+
+
 def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether shape, dtype and device are the same."""
-    same_shape = a.dim() == b.dim() and all(known(m == n) for m, n in zip(a.shape, b.shape, strict=True))
-    return same_shape and a.dtype == b.dtype and a.device == b.device
+    return alike_shape(a, b) and a.dtype == b.dtype and a.device == b.device

@@ -12,10 +12,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..arch import Arch
 from ..errors import FusionpassError
-from ..graphs import erase_unused, inherit, same_shape, value, values
+from ..graphs import CAST, erase_unused, inherit, same_shape, value, values
 from ..launch import Empty, Launch
 from ..op import OPS, Op
 from ..report.trace import GraphTrace, Record, Site
+from ..verify import check_launch
 
 LAUNCH = "fusionpass_launch"
 """The metadata key under which a node that stays an op carries what was `Planned` for it."""
@@ -23,15 +24,15 @@ LAUNCH = "fusionpass_launch"
 
 @dataclass(frozen=True)
 class Planned:
-    """A launch, and for each of its tensor inputs the position among the node's arguments."""
+    """A launch, and for each of its tensor inputs the op's argument that it is."""
 
     launch: Launch
-    positions: Mapping[str, int]
+    sources: Mapping[str, str]
 
 
-def _positions(launch: Launch, node: Node) -> dict[str, int]:
-    position = {id(arg.meta["val"]): i for i, arg in enumerate(node.args) if isinstance(arg, Node)}
-    return {name: position[id(v)] for name, v in launch.args.items() if isinstance(v, torch.Tensor)}
+def _sources(launch: Launch, arguments: Mapping[str, Any]) -> dict[str, str]:
+    named = {id(v.meta["val"]): name for name, v in arguments.items() if isinstance(v, Node)}
+    return {name: named[id(v)] for name, v in launch.args.items() if isinstance(v, torch.Tensor)}
 
 
 _ROUNDING = ("low_precision_pointwise_barrier",)
@@ -44,6 +45,7 @@ def lower(
     target: Arch | None = None,
     disable: frozenset[str] = frozenset(),
     parameters: frozenset[Node] = frozenset(),
+    verify: bool = False,
 ) -> None:
     """Decide for every op in `graph` who runs it; those that no kernel takes become aten nodes again, in place.
 
@@ -53,6 +55,7 @@ def lower(
         target: None: that of the values' device.
         disable: names of backends to leave out.
         parameters: inputs that no kernel writes, so that a launch with PDL may read them before it waits.
+        verify: run each kernel beside the op's reference first, where there is a GPU to run it on.
     """
     for node in list(graph.nodes):
         op = OPS.get(node.target)
@@ -60,12 +63,17 @@ def lower(
             continue
         arguments = op.bind(node.args, node.kwargs)
         launch, reason = _choose(op, node, values(arguments), target, disable)
+        if launch is not None and verify and launch.device.type == "cuda" and torch.cuda.is_available():
+            wrong = check_launch(op, values(arguments), target or Arch.of(launch.device), disable)
+            if wrong:
+                launch, reason = None, wrong
+                trace.refused.append(_refused(op, node, arguments, wrong))
         site = node.meta.get("fusionpass", Site())
         trace.fused.append(
             Record(
                 op=op.name,
                 rule=site.rules[-1] if site.rules else "",
-                reason="; ".join(part for part in (reason, _alone(op, node)) if part),
+                reason="; ".join(part for part in (reason, _alone(op, node), site.note) if part),
                 where=site.where,
                 source=site.source,
                 scheme=str(arguments.get("scheme", "")),
@@ -76,11 +84,17 @@ def lower(
         if launch is None:
             inline(graph, node, op, arguments)
         else:
-            positions = _positions(launch, node)
-            if all(node.args[positions[name]] in parameters for name in launch.early):
+            sources = _sources(launch, arguments)
+            if all(arguments[sources[name]] in parameters for name in launch.early):
                 launch = launch.reading_early()
-            node.meta[LAUNCH] = Planned(launch, positions)
+            node.meta[LAUNCH] = Planned(launch, sources)
             node.meta["eager_input_vals"] = (values(node.args), values(node.kwargs))
+
+
+def _refused(op: Op, node: Node, arguments: Mapping[str, Any], reason: str) -> Record:
+    site = node.meta.get("fusionpass", Site())
+    scheme = str(arguments.get("scheme", ""))
+    return Record(op.name, site.rules[-1] if site.rules else "", reason, site.where, site.source, scheme)
 
 
 def _choose(
@@ -96,11 +110,23 @@ def _choose(
     launch, reason = op.plan(arch, vals, disable)
     if launch is None:
         return None, reason
+    for source in node.all_input_nodes:
+        if widened := _just_widened(source):
+            return None, f"{source.name} is {widened} made float32 just before: Inductor need not write that out"
     results = [node.meta["val"]] if op.single else node.meta["val"]
     for name, expected in zip(launch.returns, results, strict=True):
         if not _laid_out_alike(launch.args[name], expected):
             return None, f"{reason} would lay out {name} unlike eager mode, with strides {tuple(expected.stride())}"
     return launch, launch.note
+
+
+def _just_widened(source: Node) -> torch.dtype | None:
+    """The dtype of what a cast to float32 widens, where the result would only be written to be read by a kernel."""
+    val = value(source)
+    if source.target is not CAST or val is None or val.dim() < 2 or len(source.users) > 1:
+        return None
+    before: torch.dtype = source.args[0].meta["val"].dtype  # type: ignore[union-attr]
+    return before if before.itemsize == 2 and val.dtype == torch.float32 else None
 
 
 def _laid_out_alike(made: Empty, expected: torch.Tensor) -> bool:

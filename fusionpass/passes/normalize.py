@@ -3,10 +3,12 @@
 No rewrite here changes a single bit of any result.
 """
 
+from collections.abc import Callable
 from operator import getitem
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 
 from ..graphs import CAST, COMMUTATIVE, VIEWS, aten, inherit, same_shape, value
@@ -17,10 +19,11 @@ _SCALAR_FORMS = {
     aten.mul.Scalar: aten.mul.Tensor,
     aten.div.Scalar: aten.div.Tensor,
 }
+_PROMOTING = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 _REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.var_mean.correction)
 _ALIASES = (
     *VIEWS, aten.alias.default, aten.detach.default, aten.permute.default, aten.t.default, aten.transpose.int, getitem,
-    aten.expand.default, aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.unsqueeze.default,
+    aten.expand.default, aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.unsqueeze.default, aten.view.dtype,
 )  # fmt: skip
 
 
@@ -31,7 +34,17 @@ def normalize(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        _canonical(graph, node)
+
+        def make(target: Any, args: tuple[Any, ...], val: torch.Tensor, node: Node = node) -> Node:
+            with graph.inserting_before(node):
+                new = graph.call_function(target, args)
+            new.meta = inherit(node, val)
+            twin = seen.setdefault(_key(new), new)
+            if twin is not new:
+                graph.erase_node(new)
+            return twin
+
+        _canonical(node, make)
         twin = _no_op(node) if node not in escaping else None
         if twin is None and _pure(node):
             twin = seen.setdefault(_key(node), node)
@@ -42,9 +55,15 @@ def normalize(graph: Graph) -> None:
         if twin is not None:
             node.replace_all_uses_with(twin)
             graph.erase_node(node)
+    # What a rewrite left behind would count as a reader.
+    graph.eliminate_dead_code()
 
 
-def _canonical(graph: Graph, node: Node) -> None:
+_Make = Callable[[Any, tuple[Any, ...], torch.Tensor], Node]
+
+
+def _canonical(node: Node, make: _Make) -> None:
+    """Rewrite one node; `make(target, args, val)` gives a node in front of it."""
     target: Any = node.target
     args: Any = node.args
     if target in _SCALAR_FORMS:
@@ -59,17 +78,90 @@ def _canonical(graph: Graph, node: Node) -> None:
     elif target is aten.mul.Tensor and args[0] is args[1]:
         node.target, node.args = aten.pow.Tensor_Scalar, (args[0], 2)
     elif target is aten.clamp.default and len(args) == 3 and None not in args:
-        with graph.inserting_before(node):
-            lower = graph.call_function(aten.clamp_min.default, (args[0], args[1]))
-        lower.meta = inherit(node, node.meta["val"])
+        lower = make(aten.clamp_min.default, (args[0], args[1]), node.meta["val"])
         node.target, node.args = aten.clamp_max.default, (lower, args[2])
     elif target is aten._to_copy.default and set(node.kwargs) == {"dtype"}:
         node.target, node.args, node.kwargs = CAST, (args[0], node.kwargs["dtype"]), {}
+    elif target is aten.unsqueeze.default:
+        node.args = (args[0], args[1] if args[1] < 0 else args[1] - node.meta["val"].dim())
+        _keep_dimension(node)
+    elif target is aten.view.dtype:
+        _reinterpret_once(node)
+    elif target in (*VIEWS, aten.squeeze.dim) and args[0].target is aten.view.dtype:
+        _reinterpret_last(node, make)
+    elif target is aten.lift_fresh_copy.default:
+        _literal(node)
+    elif target in _PROMOTING:
+        node.args = tuple(_promoted(node, i, make) for i in range(len(args)))
+
+
+def _keep_dimension(node: Node) -> None:
+    """`reduce(x, [d]).unsqueeze(d)` as `reduce(x, [d], keepdim=True)`."""
+    source: Any = node.args[0]
+    val = value(node)
+    if source.target not in (aten.mean.dim, aten.amax.default, aten.amin.default) or val is None:
+        return
+    dims = source.args[1] if len(source.args) > 1 else []
+    kept = len(source.args) > 2 and source.args[2]
+    if kept or source.kwargs or len(dims) != 1 or node.args[1] % val.dim() != dims[0] % val.dim():  # type: ignore[operator]
+        return
+    node.target, node.args = source.target, (source.args[0], dims, True)
+
+
+def _same_width(node: Node) -> bool:
+    before, after = value(node.args[0]), value(node)  # type: ignore[arg-type]
+    return before is not None and after is not None and before.dtype.itemsize == after.dtype.itemsize
+
+
+def _reinterpret_once(node: Node) -> None:
+    """`x.view(a).view(b)` as `x.view(b)`, where all three dtypes have one width."""
+    source: Any = node.args[0]
+    if source.target is aten.view.dtype and _same_width(source) and _same_width(node):
+        node.args = (source.args[0], node.args[1])
+
+
+def _reinterpret_last(node: Node, make: _Make) -> None:
+    """`x.view(dtype).view(shape)` as `x.view(shape).view(dtype)`."""
+    source: Any = node.args[0]
+    val = value(node)
+    if val is None or not _same_width(source):
+        return
+    inner, dtype = source.args
+    with val.fake_mode:  # type: ignore[attr-defined]
+        shaped = make(node.target, (inner, *node.args[1:]), val.view(inner.meta["val"].dtype))
+    node.target, node.args = aten.view.dtype, (shaped, dtype)
+
+
+def _literal(node: Node) -> None:
+    """A constant of one number, `torch.tensor(3)` in the model, as `torch.full([], 3)`."""
+    source: Any = node.args[0]
+    module, val = node.graph.owning_module, value(node)
+    constant = getattr(module, source.target, None) if source.op == "get_attr" else None
+    if not isinstance(constant, torch.Tensor) or constant.dim() != 0 or val is None:
+        return
+    layout = {"dtype": val.dtype, "layout": torch.strided, "device": val.device, "pin_memory": False}
+    with unset_fake_temporarily():
+        node.target, node.args, node.kwargs = aten.full.default, ([], constant.item()), layout
+
+
+def _promoted(node: Node, index: int, make: _Make) -> Any:
+    """The operand of a binary op with the widening cast that promotion does for it."""
+    operand, other = node.args[index], node.args[1 - index]
+    if not isinstance(operand, Node) or not isinstance(other, Node):
+        return operand
+    val, partner = value(operand), value(other)
+    if val is None or partner is None or not val.is_floating_point() or 0 in (val.dim(), partner.dim()):
+        return operand
+    wide = torch.promote_types(val.dtype, partner.dtype)
+    if wide == val.dtype or not partner.is_floating_point():
+        return operand
+    with val.fake_mode:  # type: ignore[attr-defined]
+        return make(CAST, (operand, wide), val.to(wide))
 
 
 def _no_op(node: Node) -> Node | None:
     """The input of a node that changes nothing."""
-    if node.target not in (*VIEWS, CAST, aten.expand.default, aten.alias.default, aten.detach.default):
+    if node.target not in (*VIEWS, CAST, aten.view.dtype, aten.expand.default, aten.alias.default, aten.detach.default):
         return None
     source = node.args[0]
     if not isinstance(source, Node):
@@ -85,6 +177,8 @@ def _no_op(node: Node) -> Node | None:
 def _pure(node: Node) -> bool:
     if node.target is getitem:
         return True
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return node.kwargs.get("is_pure") is True
     if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
         return False
     # An uninitialised buffer is not a value: two of them may be written apart.

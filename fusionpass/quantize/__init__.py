@@ -1,7 +1,10 @@
 """Quantising a model's linears in place, so that the passes have quantisations to fuse."""
 
 from .linear import QuantizedLinear
-from .model import SCHEMES, quantize_
+from .model import quantize_
 from .report import QuantizedRecord, QuantizeReport, SkippedRecord
+from .scheme import SCHEMES, LinearScheme
 
-__all__ = ["SCHEMES", "QuantizeReport", "QuantizedLinear", "QuantizedRecord", "SkippedRecord", "quantize_"]
+__all__ = [
+    "SCHEMES", "LinearScheme", "QuantizeReport", "QuantizedLinear", "QuantizedRecord", "SkippedRecord", "quantize_",
+]  # fmt: skip

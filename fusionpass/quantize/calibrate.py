@@ -12,7 +12,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import CalibrationError
-from .linear import absolute_maximum
+from .scheme import absolute_maximum
 
 Calibration = Iterable[Any] | Callable[[nn.Module], Any]
 
@@ -86,7 +86,7 @@ def calibrate(
 def _run(model: nn.Module, calibration: Calibration | None, progress: bool) -> None:
     if calibration is None:
         raise CalibrationError(
-            "static scales need calibration data",
+            "scales that are given need calibration data",
             "calibration",
             "Pass a list of inputs, or a function running the model",
         )

@@ -1,4 +1,4 @@
-"""A linear with FP8 weights and static per-tensor scales."""
+"""A linear with quantised weights that quantises its input."""
 
 from collections.abc import Callable
 from typing import Any, Self, cast
@@ -6,81 +6,82 @@ from typing import Any, Self, cast
 import torch
 from torch import nn
 
-from ..errors import ScaleError, SchemeError
-from ..ops.quant import static_codes
-from ..ops.quant.scheme import Scheme
-
-SCHEME = Scheme.parse("fp8_static")
-FP8 = SCHEME.dtype
-FP8_MAX = SCHEME.max
-
-
-def absolute_maximum(x: torch.Tensor) -> torch.Tensor:
-    """`max |x|` as a 0-dim fp32 tensor; NaN if there is one in `x`. Makes no copy of `x`."""
-    low, high = torch.aminmax(x.detach())
-    return torch.maximum(low.abs(), high.abs()).float()
-
-
-def checked_scale(scale: torch.Tensor | float, where: str) -> torch.Tensor:
-    """`scale` as a 0-dim fp32 tensor.
-
-    Raises:
-        ScaleError: more than one element; or zero, negative or not finite, itself or its reciprocal.
-    """
-    value = torch.as_tensor(scale, dtype=torch.float32).detach()
-    if value.numel() != 1:
-        raise ScaleError(f"the scale has shape {list(value.shape)}", where, "A per-tensor scale has one element")
-    value = value.reshape(())
-    # A meta tensor has no value yet; load_state_dict checks the one that it gets.
-    if not value.is_meta and not (value > 0 and torch.isfinite(value) and torch.isfinite(1 / value)):
-        raise ScaleError(
-            f"the scale is {value.item():g}",
-            where,
-            "A scale is positive and finite: an absolute maximum / 448",
-        )
-    return value
+from ..errors import ScaleError, SchemeError, nearest
+from ..ops.quant import quantized
+from .product import product
+from .scheme import (
+    SCHEMES,
+    LinearScheme,
+    checked_scale,
+    checked_scales,
+    quantize_weight,
+    weight_given_scale,
+)
 
 
 class QuantizedLinear(nn.Module):
-    """`y = x @ w.T + bias` with `x` and `w` in FP8 e4m3fn, one static scale each. For inference.
+    """`y = x @ w.T + bias` with `x` and `w` quantised by a scheme of `SCHEMES`. For inference.
 
-    `x` is quantised by the plain PyTorch reference of `fusionpass.ops.quantize` (`clamp(x * (1 / input_scale))` in
-    fp32, then a cast), multiplied by `torch._scaled_mm`, which accumulates in fp32, and returned in `x`'s dtype.
-    `torch._scaled_mm` runs on every CPU (emulated where the hardware has no FP8) and on GPUs from sm_89 and gfx942;
-    on a GPU it needs K and N to be multiples of 16. It has no derivative: call the model under `torch.no_grad()`.
+    | scheme | `x` | `w` [N, K] | product |
+    |---|---|---|---|
+    | fp8_static | e4m3fn, one given scale | one scale | `torch._scaled_mm` |
+    | fp8_token | e4m3fn, a scale per token | a scale per output channel | `torch._scaled_mm` |
+    | fp8_group128 | e4m3fn, a scale per 128 | a scale per 128 × 128 | dequantised |
+    | mxfp8 | e4m3fn, a power of two per 32 | a power of two per 32 | dequantised |
+    | nvfp4 | e2m1, an e4m3fn scale per 16, relative to a given one | the same | dequantised |
+    | int8_token | int8, a scale per token | a scale per output channel | `torch._int_mm` |
+
+    `x` is quantised by the plain PyTorch arithmetic of `fusionpass.ops.quantize`, so that a pass recognises it.
+    `torch._scaled_mm` accumulates in fp32 and `torch._int_mm` exactly; both run on every CPU, emulated where the
+    hardware lacks them. "Dequantised" multiplies codes and scales out, rounds to `x`'s dtype and calls a matrix product
+    of that dtype: what the scheme means, at more than the cost of the unquantised linear.
+
+    On a GPU, FP8 needs sm_89 or gfx942, and K and N are multiples of 16. There is no derivative: call the model under
+    `torch.no_grad()`.
 
     Several linears that read one tensor may hold the same `input_scale` Parameter; the quantisation can then be done
     once. That survives `.to(...)`, `deepcopy` and `load_state_dict`; it does not survive `.to("meta")`.
     A change of the module's dtype (`.half()`, `.to(torch.bfloat16)`) reaches the bias alone.
 
     Args:
-        weight: e4m3fn [N, K], contiguous.
-        weight_scale: one fp32 element: `w = weight.float() * weight_scale`.
-        input_scale: one fp32 element; a Parameter is kept as it is, and so may be shared.
+        weight: codes [N, K], contiguous, in the scheme's dtype; for nvfp4 [N, K/2] uint8.
+        weight_scale: fp32 of one element; [N, 1] per channel; [⌈N/128⌉, ⌈K/128⌉]; or [N, K/32] uint8 exponents and
+            [N, K/16] e4m3fn.
+        input_scale: one fp32 element, for fp8_static and nvfp4 alone; a Parameter is kept as it is, and so may be
+            shared.
         bias: [N], or None.
+        scheme: a name in `SCHEMES`.
+        weight_global_scale: for nvfp4, one fp32 element that `weight_scale` is relative to.
 
     Shapes: `x` [..., K] bfloat16, float16 or float32 → [..., N], same dtype.
 
     Raises:
-        SchemeError: `weight` is not a contiguous e4m3fn matrix, or `bias` does not have N elements.
-        ScaleError: a scale is not one positive, finite fp32 number.
+        SchemeError: there is no such scheme; `weight` is not a contiguous matrix of its dtype; or `bias` does not have
+            N elements.
+        ScaleError: a scale is missing or too many, of another shape or dtype, or not positive and finite.
     """
 
     bias: nn.Parameter | None
+    input_scale: nn.Parameter | None
+    weight_global_scale: nn.Parameter | None
 
     def __init__(
         self,
         weight: torch.Tensor,
         weight_scale: torch.Tensor | float,
-        input_scale: torch.Tensor | float,
+        input_scale: torch.Tensor | float | None = None,
         bias: torch.Tensor | None = None,
+        scheme: str = "fp8_static",
+        weight_global_scale: torch.Tensor | float | None = None,
     ) -> None:
         super().__init__()
-        if weight.dtype != FP8 or weight.ndim != 2 or not weight.is_contiguous():
+        self.scheme, self.kind = scheme, linear_scheme(scheme, "QuantizedLinear")
+        kind = self.kind.weight
+        if weight.dtype != kind.code_dtype or weight.ndim != 2 or not weight.is_contiguous():
             raise SchemeError(
                 f"the weight is {weight.dtype}, shape {list(weight.shape)}, strides {list(weight.stride())}",
                 "QuantizedLinear",
-                "It takes a contiguous [N, K] torch.float8_e4m3fn matrix",
+                f"{scheme!r} takes a contiguous [N, {'K/2' if kind.packed else 'K'}] {kind.code_dtype} matrix",
             )
         if bias is not None and bias.shape != weight.shape[:1]:
             raise SchemeError(
@@ -88,55 +89,77 @@ class QuantizedLinear(nn.Module):
                 "QuantizedLinear",
                 f"A bias has {weight.shape[0]} elements",
             )
-        checked_scale(input_scale, "QuantizedLinear.input_scale")
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = weight.shape[0], weight.shape[1] * (2 if kind.packed else 1)
         self.weight = _constant(weight)
-        self.weight_scale = _constant(checked_scale(weight_scale, "QuantizedLinear.weight_scale").to(weight.device))
-        if isinstance(input_scale, nn.Parameter) and input_scale.dtype == torch.float32 and input_scale.ndim == 0:
-            self.input_scale = input_scale.requires_grad_(False)
-        else:
-            self.input_scale = _constant(checked_scale(input_scale, "QuantizedLinear").to(weight.device))
+        self.weight_scale = _constant(self._checked("weight_scale", weight_scale).to(weight.device))
+        for name, scale, wanted in (
+            ("input_scale", input_scale, self.kind.calibrated),
+            ("weight_global_scale", weight_global_scale, kind.takes_scale and not kind.static),
+        ):
+            if (scale is not None) != wanted:
+                raise ScaleError(f"{scheme!r} {'needs' if wanted else 'takes no'} {name}", f"QuantizedLinear.{name}")
+            if scale is not None:
+                checked = self._checked(name, scale).to(weight.device)
+                kept = isinstance(scale, nn.Parameter) and scale.dtype == torch.float32 and scale.ndim == 0
+                setattr(self, name, cast(nn.Parameter, scale).requires_grad_(False) if kept else _constant(checked))
+            else:
+                self.register_parameter(name, None)
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else _constant(bias)
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, input_scale: torch.Tensor | float, weight_scale: torch.Tensor | float | None = None
+        cls,
+        linear: nn.Linear,
+        input_scale: torch.Tensor | float | None = None,
+        weight_scale: torch.Tensor | float | None = None,
+        scheme: str = "fp8_static",
     ) -> Self:
-        """Quantise a linear's weight with the scale `max |weight| / 448` unless one is given.
+        """Quantise a linear's weight.
+
+        Args:
+            linear: its weight is [N, K], K a multiple of the scheme's group.
+            input_scale: as the class takes it.
+            weight_scale: of the whole weight, for fp8_static and nvfp4; None: from its largest magnitude.
+            scheme: a name in `SCHEMES`.
 
         Raises:
-            ScaleError: as the class; also where the weight is all zeros or not finite.
+            SchemeError, ScaleError: as the class; also where the weight is not finite, or is all zeros and has one
+                scale.
         """
+        kind = linear_scheme(scheme, "QuantizedLinear").weight
+        if weight_scale is not None and not kind.takes_scale:
+            raise ScaleError(f"{scheme!r} computes its scales", "weight_scale", "Leave weight_scale out")
         with torch.no_grad():
             if weight_scale is None:
-                weight_scale = absolute_maximum(linear.weight) / FP8_MAX
-            scale = checked_scale(weight_scale, "weight_scale").to(linear.weight.device)
-            made = cls(static_codes(linear.weight, scale, SCHEME).contiguous(), scale, input_scale, linear.bias)
+                given = weight_given_scale(linear.weight, kind, "weight_scale")
+            else:
+                given = checked_scale(weight_scale, "weight_scale").to(linear.weight.device)
+            codes, *scales = quantize_weight(linear.weight, given, kind)
+            if not scales:
+                assert given is not None
+                made = cls(codes, given, input_scale, linear.bias, scheme)
+            else:
+                made = cls(codes, scales[0], input_scale, linear.bias, scheme, given)
         return made.train(linear.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., K] → [..., N], in the input's dtype."""
-        codes = static_codes(input, self.input_scale, SCHEME).reshape(-1, self.in_features).contiguous()
-        # cuBLAS has no epilogue with a bias for fp32 outputs.
-        inside = None if self.bias is None or input.dtype == torch.float32 else self.bias.to(input.dtype)
-        y = torch._scaled_mm(
-            codes,
-            self.weight.t(),
-            scale_a=self.input_scale,
-            scale_b=self.weight_scale,
-            bias=inside,
-            out_dtype=input.dtype,
-        )
-        if self.bias is not None and inside is None:
-            y = y + self.bias
-        return y.view(*input.shape[:-1], self.out_features)
+        codes, *scales = quantized(input, self.input_scale, self.kind.input)
+        codes = codes.reshape(-1, codes.shape[-1]).contiguous()
+        scales = [scale.reshape(-1, scale.shape[-1]) for scale in scales]
+        return product(self, codes, scales, input.dtype).view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """As `nn.Linear`'s, with the scheme."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            "scheme=fp8_static"
+            f"scheme={self.scheme}"
         )
+
+    def _checked(self, name: str, scale: torch.Tensor | float, prefix: str = "QuantizedLinear.") -> torch.Tensor:
+        if name == "weight_scale":
+            return checked_scales(scale, self.kind.weight, self.out_features, self.in_features, prefix + name)
+        return checked_scale(scale, prefix + name)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         def keep_dtype(t: torch.Tensor) -> torch.Tensor:
@@ -147,22 +170,34 @@ class QuantizedLinear(nn.Module):
         return cast(Self, super()._apply(keep_dtype, recurse))  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name in ("weight_scale", "input_scale"):
-            if prefix + name in state_dict:
-                checked_scale(state_dict[prefix + name], prefix + name)
+        for name in ("weight_scale", "input_scale", "weight_global_scale"):
+            if prefix + name in state_dict and getattr(self, name) is not None:
+                self._checked(name, state_dict[prefix + name], prefix)
         weight = state_dict.get(prefix + "weight")
-        if weight is not None and weight.dtype != FP8:
+        if weight is not None and weight.dtype != self.weight.dtype:
             raise SchemeError(
-                f"the state dict holds a {weight.dtype} weight, the model an FP8 one",
+                f"the state dict holds a {weight.dtype} weight, the model a {self.weight.dtype} one",
                 prefix + "weight",
                 "Load the checkpoint first and call quantize_ after it",
             )
         shared = self.input_scale
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # assign=True would give each linear a Parameter of its own.
-        if self.input_scale is not shared and not shared.is_meta:
+        if shared is not None and self.input_scale is not shared and not shared.is_meta:
+            assert self.input_scale is not None
             shared.data.copy_(self.input_scale)
             self.input_scale = shared
+
+
+def linear_scheme(name: str, where: str) -> LinearScheme:
+    """The scheme of that name.
+
+    Raises:
+        SchemeError: there is none.
+    """
+    if name not in SCHEMES:
+        raise SchemeError(f"there is no scheme {name!r}", where, nearest(str(name), SCHEMES))
+    return SCHEMES[name]
 
 
 def _constant(t: torch.Tensor) -> nn.Parameter:

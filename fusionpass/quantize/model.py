@@ -7,13 +7,13 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from ..errors import NothingToQuantizeError, ScaleError, SchemeError, nearest
+from ..errors import CalibrationError, NothingToQuantizeError
+from ..ops.quant.scheme import Scheme
 from .calibrate import Calibration, Observed, calibrate
-from .linear import FP8_MAX, QuantizedLinear, absolute_maximum, checked_scale
+from .linear import QuantizedLinear, linear_scheme
 from .report import QuantizedRecord, QuantizeReport, SkippedRecord
+from .scheme import given_scale, weight_given_scale
 from .select import select
-
-SCHEMES = ("fp8_static",)
 
 
 def quantize_(
@@ -27,9 +27,11 @@ def quantize_(
 ) -> QuantizeReport:
     """Replace the `nn.Linear`s of `model` by `QuantizedLinear`s, in place.
 
-    "fp8_static": e4m3fn codes, one fp32 scale per tensor, `scale = max |t| / 448`; for a weight over itself, for an
-    input over all the calibration data. Linears that read the same tensor (q, k and v; gate and up) in every
-    calibration run share one input scale, the same Parameter, so that a pass can quantise that tensor once.
+    `QuantizedLinear` says what each scheme makes of the input and the weight. The scale of an input is computed from
+    it as the model runs; but "fp8_static" takes one that was measured, `max |t| / 448` over all the calibration data,
+    and "nvfp4" one that its block scales are relative to, `max |t| / (6 * 448)`. Linears that read the same tensor (q,
+    k and v; gate and up) in every calibration run share that scale, the same Parameter, so that a pass can quantise
+    the tensor once.
 
     Everything is checked before anything is changed: a call that raises one of the errors below leaves `model` as it
     was. After that each weight is converted and freed in turn, the largest first, so that memory never holds two copies
@@ -37,9 +39,9 @@ def quantize_(
 
     Args:
         model: any module; its training mode is restored. Call this before `fusionpass.compile`.
-        scheme: "fp8_static".
-        calibration: an iterable of inputs (a tensor, a dict of keywords, or a tuple of arguments each), or a function
-            that is called with `model` and runs it.
+        scheme: "fp8_static", "fp8_token", "fp8_group128", "mxfp8", "nvfp4" or "int8_token".
+        calibration: for "fp8_static" and "nvfp4", and no other: an iterable of inputs (a tensor, a dict of keywords, or
+            a tuple of arguments each), or a function that is called with `model` and runs it.
         skip: rules naming modules to leave alone, each a run of whole dotted segments of the path, globs allowed:
             "lm_head", "layers.0", "layers.*.mlp".
         tied: also quantise linears whose weight belongs to another module too; the other module keeps its own.
@@ -52,36 +54,40 @@ def quantize_(
         SchemeError: there is no such scheme.
         SkipError: a rule matches no module.
         NothingToQuantizeError: no linear is left to quantise.
-        CalibrationError: calibration data is missing or unusable, or a linear never ran on it.
-        ScaleError: a weight or an input is all zeros, or not finite.
+        CalibrationError: calibration data is missing or unusable, a linear never ran on it, or the scheme takes none.
+        ScaleError: a weight or a calibrated input is not finite, or is all zeros and has one scale.
     """
-    if scheme not in SCHEMES:
-        raise SchemeError(f"there is no scheme {scheme!r}", "quantize_", nearest(str(scheme), SCHEMES))
-    chosen, reasons = select(model, skip, tied)
+    kind = linear_scheme(scheme, "quantize_")
+    if calibration is not None and not kind.calibrated:
+        raise CalibrationError(f"{scheme!r} computes the scales of its inputs", "calibration", "Leave calibration out")
+    chosen, reasons = select(model, skip, tied, scheme)
     if not chosen:
         raise NothingToQuantizeError(*_nothing(model, reasons))
     console = Console(stderr=True)
     shown = console.is_terminal if progress is None else progress
     # Before the calibration: a NaN in a weight would otherwise be blamed on the inputs behind it.
-    weight_scales = {path: _scale(absolute_maximum(linear.weight), f"{path}.weight") for path, linear in chosen.items()}
-    observed = calibrate(model, chosen, calibration, shown)
-    input_scales = _input_scales(chosen, observed)
+    weight_scales = {
+        path: weight_given_scale(linear.weight, kind.weight, f"{path}.weight") for path, linear in chosen.items()
+    }
+    input_scales: dict[str, nn.Parameter | None] = dict.fromkeys(chosen)
+    if kind.calibrated:
+        input_scales |= _input_scales(chosen, calibrate(model, chosen, calibration, shown), kind.input)
 
-    first: dict[nn.Parameter, str] = {}
+    first: dict[nn.Parameter | None, str] = {}
     records = tuple(
         QuantizedRecord(
             path,
             (linear.out_features, linear.in_features),
-            weight_scales[path].item(),
-            input_scales[path].item(),
-            first.setdefault(input_scales[path], path),
+            _number(weight_scales[path]),
+            _number(scale := input_scales[path]),
+            path if scale is None else first.setdefault(scale, path),
         )
         for path, linear in chosen.items()
     )
     order = sorted(chosen, key=lambda path: chosen[path].weight.numel(), reverse=True)
     for path in track(order, "quantising", console=console, disable=not shown, transient=True):
         linear = chosen.pop(path)
-        _replace(model, linear, QuantizedLinear.from_linear(linear, input_scales[path], weight_scales[path]))
+        _replace(model, linear, QuantizedLinear.from_linear(linear, input_scales[path], weight_scales[path], scheme))
     return QuantizeReport(scheme, records, tuple(SkippedRecord(path, reason) for path, reason in reasons.items()))
 
 
@@ -99,23 +105,20 @@ def _nothing(model: nn.Module, reasons: dict[str, str]) -> tuple[str, str, str]:
     return "it holds no nn.Linear", where, "Pass a module with linears"
 
 
-def _input_scales(linears: dict[str, nn.Linear], observed: dict[str, Observed]) -> dict[str, nn.Parameter]:
+def _input_scales(
+    linears: dict[str, nn.Linear], observed: dict[str, Observed], kind: Scheme
+) -> dict[str, nn.Parameter]:
     shared: dict[tuple[int, ...], nn.Parameter] = {}
     for path, linear in linears.items():
         seen = observed[path]
         if seen.inputs not in shared:
-            scale = _scale(torch.tensor(seen.amax, device=linear.weight.device), f"{path} (its input)")
-            shared[seen.inputs] = nn.Parameter(scale, requires_grad=False)
+            amax = torch.tensor(seen.amax, device=linear.weight.device)
+            shared[seen.inputs] = nn.Parameter(given_scale(amax, kind, f"{path} (its input)"), requires_grad=False)
     return {path: shared[observed[path].inputs] for path in linears}
 
 
-def _scale(amax: torch.Tensor, where: str) -> torch.Tensor:
-    try:
-        return checked_scale(amax / FP8_MAX, where)
-    except ScaleError:
-        raise ScaleError(
-            f"its largest absolute value is {amax.item():g}, which gives no scale", where, "Name the linear in skip"
-        ) from None
+def _number(scale: torch.Tensor | None) -> float | None:
+    return None if scale is None else scale.item()
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

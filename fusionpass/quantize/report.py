@@ -11,14 +11,16 @@ class QuantizedRecord:
     Attributes:
         where: its module path.
         shape: (out_features, in_features).
-        weight_scale, input_scale: what a code is multiplied by.
-        shares: path of the first linear that reads the same tensor and so holds the same scale; may be its own.
+        weight_scale, input_scale: the one given scale of the weight and of the input; None where the scheme computes
+            scales and takes none.
+        shares: path of the first linear that holds the same input scale, since it reads the same tensor; may be its
+            own, and is where there is none.
     """
 
     where: str
     shape: tuple[int, int]
-    weight_scale: float
-    input_scale: float
+    weight_scale: float | None
+    input_scale: float | None
     shares: str
 
 
@@ -43,16 +45,17 @@ class QuantizeReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        scales = len({record.shares for record in self.quantized})
-        lines = [f"{self.scheme}: {len(self.quantized)} linears quantised, with {scales} input scales between them"]
+        given = {record.shares for record in self.quantized if record.input_scale is not None}
+        between = f", with {len(given)} input scales between them" if given else ""
+        lines = [f"{self.scheme}: {len(self.quantized)} linears quantised{between}"]
         paths = [q.where for q in self.quantized] + [s.where for s in self.skipped]
         width = max(map(len, paths), default=0)
         for q in self.quantized:
+            scales = {"weight": q.weight_scale, "input": q.input_scale}
+            told = [f"{q.shape[1]} → {q.shape[0]}"]
+            told += [f"{name} scale {scale:.4g}" for name, scale in scales.items() if scale is not None]
             shared = f", shared with {q.shares}" if q.shares != q.where else ""
-            lines.append(
-                f"  {q.where:<{width}}  {q.shape[1]} → {q.shape[0]}, "
-                f"weight scale {q.weight_scale:.4g}, input scale {q.input_scale:.4g}{shared}"
-            )
+            lines.append(f"  {q.where:<{width}}  {', '.join(told)}{shared}")
         if self.skipped:
             lines.append(f"{len(self.skipped)} left alone")
             lines += [f"  {s.where:<{width}}  {s.reason}" for s in self.skipped]

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from ..errors import SkipError, nearest
+from .scheme import SCHEMES
 
 MULTIPLE = 16
-"""What torch._scaled_mm wants K and N to be a multiple of on a GPU."""
+"""What matrix units want N to be a multiple of."""
 
 
 def matches(path: str, rule: str) -> bool:
@@ -23,7 +24,9 @@ def matches(path: str, rule: str) -> bool:
     return any(all(map(fnmatchcase, segments[i : i + len(wanted)], wanted)) for i in starts)
 
 
-def select(model: nn.Module, skip: Iterable[str], tied: bool) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+def select(
+    model: nn.Module, skip: Iterable[str], tied: bool, scheme: str
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """The linears to quantise by path, and the reason for each that is left alone.
 
     Raises:
@@ -46,7 +49,7 @@ def select(model: nn.Module, skip: Iterable[str], tied: bool) -> tuple[dict[str,
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):
             others = () if tied else owners[id(module.weight)] - {path}
-            reason = _refuse(module, path, rules, others)
+            reason = _refuse(module, path, rules, others, scheme)
             if reason is None:
                 chosen[path] = module
             else:
@@ -54,7 +57,7 @@ def select(model: nn.Module, skip: Iterable[str], tied: bool) -> tuple[dict[str,
     return chosen, reasons
 
 
-def _refuse(linear: nn.Linear, path: str, rules: Iterable[str], tied_to: Iterable[str]) -> str | None:
+def _refuse(linear: nn.Linear, path: str, rules: Iterable[str], tied_to: Iterable[str], scheme: str) -> str | None:
     for rule in rules:
         if matches(path, rule):
             return f"skipped by the rule {rule!r}"
@@ -68,7 +71,8 @@ def _refuse(linear: nn.Linear, path: str, rules: Iterable[str], tied_to: Iterabl
         return f"its weight is tied to {name}"
     if linear.weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"its weight is {linear.weight.dtype}"
-    for name, size in (("in_features", linear.in_features), ("out_features", linear.out_features)):
-        if size % MULTIPLE:
-            return f"{name} {size} is not a multiple of {MULTIPLE}, which torch._scaled_mm needs"
+    wanted = {"in_features": SCHEMES[scheme].multiple, "out_features": MULTIPLE}
+    for name, multiple in wanted.items():
+        if (size := getattr(linear, name)) % multiple:
+            return f"{name} {size} is not a multiple of {multiple}, which {scheme} needs"
     return None

@@ -15,11 +15,13 @@ class Site:
         rules: the rules that made it, in order; empty where the model called the op itself.
         where: module path.
         source: "file:line, code".
+        note: why a rule that would have taken more was refused here.
     """
 
     rules: tuple[str, ...] = ()
     where: str = ""
     source: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)

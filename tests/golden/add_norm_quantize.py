@@ -9,7 +9,7 @@ def forward(
     arg2_1,  # bf16[64]
     arg3_1,  # f32[]
 ):
-    add_rms_norm_quantize_default = torch.ops.fusionpass.add_rms_norm_quantize.default(arg0_1, arg1_1, arg2_1, arg3_1, 1e-06, 'fp8_static', False, True)  # e4m3[3, 5, 64], bf16[3, 5, 64]
+    add_rms_norm_quantize_default = torch.ops.fusionpass.add_rms_norm_quantize.default(arg0_1, arg1_1, weight=arg2_1, scale=arg3_1)  # e4m3[3, 5, 64], bf16[3, 5, 64]
     getitem_4 = add_rms_norm_quantize_default[0]  # e4m3[3, 5, 64]
     getitem_3 = add_rms_norm_quantize_default[1]  # bf16[3, 5, 64]
     return (getitem_4, getitem_3)

@@ -8,7 +8,7 @@ def forward(
     arg1_1,  # bf16[3, 5, 64]
     arg2_1,  # bf16[64]
 ):
-    add_rms_norm_default = torch.ops.fusionpass.add_rms_norm.default(arg0_1, arg1_1, arg2_1, 1e-06, False)  # bf16[3, 5, 64]
+    add_rms_norm_default = torch.ops.fusionpass.add_rms_norm.default(arg0_1, arg1_1, weight=arg2_1, residual_out=False)  # bf16[3, 5, 64]
     getitem = add_rms_norm_default[0]  # bf16[3, 5, 64]
     return (getitem,)
 

@@ -8,7 +8,7 @@ def forward(
     arg1_1,  # bf16[3, 5, 64]
     arg2_1,  # f32[]
 ):
-    gelu_mul_quantize_default = torch.ops.fusionpass.gelu_mul_quantize.default(arg0_1, arg1_1, arg2_1, 'none', 'fp8_static', False)  # e4m3[3, 5, 64]
+    gelu_mul_quantize_default = torch.ops.fusionpass.gelu_mul_quantize.default(arg0_1, arg1_1, scale=arg2_1)  # e4m3[3, 5, 64]
     getitem_1 = gelu_mul_quantize_default[0]  # e4m3[3, 5, 64]
     return (getitem_1,)
 

@@ -8,7 +8,7 @@ def forward(
     arg1_1,  # bf16[64]
     arg2_1,  # f32[]
 ):
-    rms_norm_quantize_default = torch.ops.fusionpass.rms_norm_quantize.default(arg0_1, arg1_1, arg2_1, 1e-06, 'fp8_static', False)  # e4m3[3, 5, 64]
+    rms_norm_quantize_default = torch.ops.fusionpass.rms_norm_quantize.default(arg0_1, weight=arg1_1, scale=arg2_1)  # e4m3[3, 5, 64]
     getitem_1 = rms_norm_quantize_default[0]  # e4m3[3, 5, 64]
     return (getitem_1,)
 

@@ -7,7 +7,7 @@ def forward(
     arg0_1,  # bf16[3, 5, 64]
     arg1_1,  # f32[]
 ):
-    quantize_default = torch.ops.fusionpass.quantize.default(arg0_1, arg1_1, 'fp8_static')  # e4m3[3, 5, 64]
+    quantize_default = torch.ops.fusionpass.quantize.default(arg0_1, scale=arg1_1)  # e4m3[3, 5, 64]
     getitem = quantize_default[0]  # e4m3[3, 5, 64]
     return (getitem,)
 

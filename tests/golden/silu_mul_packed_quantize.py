@@ -10,7 +10,7 @@ def forward(
     split = aten.split.Tensor(arg0_1, 64, -1)  # bf16[15, 64] strides (128, 1), bf16[15, 64] strides (128, 1)
     getitem = split[0]  # bf16[15, 64] strides (128, 1)
     getitem_1 = split[1]  # bf16[15, 64] strides (128, 1)
-    silu_mul_quantize_default = torch.ops.fusionpass.silu_mul_quantize.default(getitem, getitem_1, arg1_1, 'fp8_static', False)  # e4m3[15, 64]
+    silu_mul_quantize_default = torch.ops.fusionpass.silu_mul_quantize.default(getitem, getitem_1, scale=arg1_1)  # e4m3[15, 64]
     getitem_3 = silu_mul_quantize_default[0]  # e4m3[15, 64]
     return (getitem_3,)
 

@@ -9,7 +9,7 @@ def forward(
     arg2_1,  # bf16[64]
     arg3_1,  # f32[]
 ):
-    add_rms_norm_default = torch.ops.fusionpass.add_rms_norm.default(arg0_1, arg1_1, arg2_1, 1e-06, True)  # bf16[3, 5, 64], bf16[3, 5, 64]
+    add_rms_norm_default = torch.ops.fusionpass.add_rms_norm.default(arg0_1, arg1_1, weight=arg2_1)  # bf16[3, 5, 64], bf16[3, 5, 64]
     getitem_2 = add_rms_norm_default[0]  # bf16[3, 5, 64]
     getitem_1 = add_rms_norm_default[1]  # bf16[3, 5, 64]
     abs_1 = aten.abs.default(getitem_1)  # bf16[3, 5, 64]
@@ -17,7 +17,7 @@ def forward(
     amax = aten.amax.default(convert_element_type_2)  # f32[]
     mul_2 = aten.mul.Tensor(amax, 0)  # f32[]
     add_2 = aten.add.Tensor(arg3_1, mul_2)  # f32[]
-    quantize_default = torch.ops.fusionpass.quantize.default(getitem_2, add_2, 'fp8_static')  # e4m3[3, 5, 64]
+    quantize_default = torch.ops.fusionpass.quantize.default(getitem_2, scale=add_2)  # e4m3[3, 5, 64]
     getitem = quantize_default[0]  # e4m3[3, 5, 64]
     return (getitem, getitem_1)
 

@@ -46,7 +46,7 @@ def test_the_activation_is_rounded_before_the_product() -> None:
 def test_the_quantised_ops_are_their_parts(product_out: bool) -> None:
     gate, up = pair()
     for op, part in ((silu_mul_quantize, silu_mul), (gelu_mul_quantize, gelu_mul)):
-        arguments = op.bind((gate, up, SCALE), {"product_out": product_out})
+        arguments = op.bind((gate, up), {"scale": SCALE, "product_out": product_out})
         results = op.reference(**arguments)
         assert op.outputs(arguments) == (("q", "product") if product_out else ("q",))
         codes = quantize(part(gate, up), SCALE)

@@ -96,7 +96,7 @@ def test_gradients_are_those_of_the_parts(op):
 
 def test_gradients_of_one_output_and_of_some_inputs():
     x, residual, weight = torch.randn(3, 8), torch.randn(3, 8), torch.rand(8, requires_grad=True)
-    _, norm, _ = add_rms_norm_quantize(x, residual, weight, SCALE, norm_out=True)
+    _, norm, _ = add_rms_norm_quantize(x, residual, weight, scale=SCALE, norm_out=True)
     assert not x.requires_grad
     (found,) = torch.autograd.grad(norm.sum(), weight)
     (wanted,) = torch.autograd.grad(_norm(x + residual, weight, 1e-6).sum(), weight)

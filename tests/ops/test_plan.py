@@ -40,7 +40,7 @@ def test_targets():
 def test_tensors():
     assert reason(rms_norm, width=16385) == "triton: rows of 16385 columns do not fit in registers (at most 16384)"
     assert reason(rms_norm, width=0) == "triton: the rows are empty"
-    assert reason(rms_norm, dtype=torch.float64) == "triton: x is torch.float64 and the weight torch.float64"
+    assert reason(rms_norm, dtype=torch.float64) == "triton: x is torch.float64"
     assert "not a dense vector of 64" in reason(rms_norm, weight=torch.ones(128, dtype=torch.bfloat16)[::2])
     columns = torch.ones(64, 4, dtype=torch.bfloat16).t()
     assert reason(quantize, x=columns) == "triton: x has stride 4 in its last dimension, not 1"

@@ -170,7 +170,7 @@ def test_a_row_of_zeros_stays_zero(dtype):
     x = _rows((3, 16), dtype, 0)
     x[1] = 0
     q, norm, total = add_rms_norm_quantize(
-        x, torch.zeros_like(x), torch.ones(16, dtype=dtype), torch.ones(()), norm_out=True
+        x, torch.zeros_like(x), torch.ones(16, dtype=dtype), scale=torch.ones(()), norm_out=True
     )
     for result in (q.float(), norm, total):
         assert (result[1] == 0).all()
@@ -200,10 +200,11 @@ def test_a_fused_op_is_its_parts(shape, dtype, weight_dtype, scheme, norm_out, r
         assert all(torch.equal(r.float(), e.float()) for r, e in zip(found, expected, strict=True))
 
     sums = [total] if residual_out else []
-    same(add_rms_norm(x, residual, weight, eps, residual_out), [norm, *sums])
-    same(rms_norm_quantize(total, weight, scale, eps, scheme, norm_out), [q, *([norm] if norm_out else [])])
+    same(add_rms_norm(x, residual, weight, eps, residual_out=residual_out), [norm, *sums])
+    quantised = {"scale": scale, "scheme": scheme, "norm_out": norm_out}
+    same(rms_norm_quantize(total, weight, eps, **quantised), [q, *([norm] if norm_out else [])])
     same(
-        add_rms_norm_quantize(x, residual, weight, scale, eps, scheme, norm_out, residual_out),
+        add_rms_norm_quantize(x, residual, weight, eps, residual_out=residual_out, **quantised),
         [q, *([norm] if norm_out else []), *sums],
     )
 
@@ -240,7 +241,7 @@ X, W, S = torch.ones(2, 8), torch.ones(8), torch.ones(())
         (lambda: rms_norm(X[0, 0], W), ArgumentError, "x has no dimensions"),
         (lambda: add_rms_norm(X, X[:1], W), ArgumentError, r"x is \(2, 8\).*residual is \(1, 8\).*must be alike"),
         (lambda: add_rms_norm(X, X.half(), W), ArgumentError, r"residual is \(2, 8\) torch.float16"),
-        (lambda: rms_norm_quantize(X, torch.ones(7), S), ArgumentError, r"weight has shape \(7,\)"),
+        (lambda: rms_norm_quantize(X, torch.ones(7), scale=S), ArgumentError, r"weight has shape \(7,\)"),
         (lambda: quantize(X.int(), S), ArgumentError, "quantize: x has dtype torch.int32"),
         (lambda: quantize(X), ScaleError, "the scheme 'fp8_static' needs a scale. Pass scale"),
         (lambda: quantize(X, torch.ones(2)), ScaleError, r"takes one scale, not \(2,\)"),

@@ -250,7 +250,10 @@ def broken_forward(model: Model) -> None:
     ("prepare", "arguments", "error", "message"),
     [
         (None, {"scheme": "fp8_statik"}, SchemeError, "Did you mean 'fp8_static'"),
-        (None, {"scheme": "mxfp8"}, SchemeError, "no scheme 'mxfp8'"),
+        (None, {"scheme": "fp8_block128"}, SchemeError, "no scheme 'fp8_block128'"),
+        (None, {"scheme": "fp8_token"}, CalibrationError, "'fp8_token' computes the scales of its inputs"),
+        (nan_weight, {"scheme": "int8_token", "calibration": None}, ScaleError, "layers.1.o.weight: .* is nan"),
+        (zero_input, {"scheme": "nvfp4"}, ScaleError, r"layers.0.q \(its input\): its largest absolute value is 0"),
         (None, {"calibration": None}, CalibrationError, "need calibration data"),
         (None, {"calibration": []}, CalibrationError, "empty"),
         (None, {"calibration": IDS}, CalibrationError, "single Tensor"),

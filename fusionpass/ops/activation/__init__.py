@@ -1,35 +1,31 @@
-"""The gated activations of an MLP, with the quantisation behind."""
-
-from collections.abc import Mapping
+"""The activations of MLPs, gated and not, with the quantisation behind."""
 
 import torch
-from torch.nn.functional import gelu, silu
+from torch.nn import functional as F
 
 from ...errors import ArgumentError
 from ...op import Tolerance, op
-from ..quant import CODES, quantize, quantized_outputs, static_scale
+from ..derive import quantizing
 from ..rows import triton_backend
 
 PRODUCT = Tolerance(ulp=2, fraction=2e-3, fp32_ulp=16, floor=2**-21)
 """The activation may move by one step of its dtype (another exponential), which is up to two of the product's."""
 
 
-def _sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, object]:
+def _gated(tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, object]:
     gate, up = (torch.randn(tokens, width, generator=generator, device=device).mul(2).to(dtype) for _ in range(2))
     return {"gate": gate, "up": up}
 
 
-def _quantized(
-    tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator
-) -> dict[str, object]:
-    return {**_sample(tokens, width, dtype, device, generator), "scale": static_scale(device), "scheme": "fp8_static"}
+def _clamped(tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, object]:
+    return {**_gated(tokens, width, dtype, device, generator), "alpha": 1.702, "limit": 7.0}
 
 
-def _outputs(arguments: Mapping[str, object]) -> tuple[str, ...]:
-    return (*quantized_outputs(arguments), *(("product",) if arguments["product_out"] else ()))
+def _ungated(tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, object]:
+    return {"x": torch.randn(tokens, width, generator=generator, device=device).mul(2).to(dtype)}
 
 
-@op(outputs=("product",), sample=_sample, tolerance={"product": PRODUCT})
+@op(outputs=("product",), sample=_gated, tolerance={"product": PRODUCT})
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up`, the activation of Llama's MLP (SwiGLU).
 
@@ -47,11 +43,11 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
-    _check(gate, up)
-    return silu(gate) * up
+    _check("silu_mul", gate, up)
+    return F.silu(gate) * up
 
 
-@op(outputs=("product",), sample=_sample, tolerance={"product": PRODUCT})
+@op(outputs=("product",), sample=_gated, tolerance={"product": PRODUCT})
 def gelu_mul(gate: torch.Tensor, up: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     """`gelu(gate) * up`, the activation of Gemma's MLP (GeGLU).
 
@@ -68,76 +64,124 @@ def gelu_mul(gate: torch.Tensor, up: torch.Tensor, approximate: str = "none") ->
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
-    _check(gate, up)
+    _check("gelu_mul", gate, up)
+    return _gelu(gate, approximate, "gelu_mul") * up
+
+
+@op(outputs=("product",), sample=_clamped, tolerance={"product": PRODUCT})
+def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor, alpha: float = 1.702, limit: float = 7.0) -> torch.Tensor:
+    """`(up' + 1) * gate' * sigmoid(alpha * gate')` with `gate' = min(gate, limit)`, `up' = clamp(up, -limit, limit)`.
+
+    The activation of GPT-OSS. Each step is rounded to the dtype of `gate`.
+
+    Args:
+        gate: [..., width], floating point; every second column of an interleaved [..., 2 * width] row will do.
+        up: the shape and dtype of `gate`.
+        alpha: slope of the sigmoid.
+        limit: largest value of `gate`, and largest magnitude of `up`.
+
+    Returns:
+        [..., width], the dtype of `gate`.
+
+    Raises:
+        ArgumentError: as `silu_mul`.
+
+    Source: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", 2025.
+    """
+    _check("clamped_swiglu", gate, up)
+    gate = gate.clamp(max=limit)
+    up = up.clamp(min=-limit, max=limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+
+
+@op(outputs=("activation",), sample=_ungated, tolerance={"activation": PRODUCT})
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """`x * sigmoid(x)`, computed in float32 and rounded once.
+
+    Args:
+        x: [..., width], floating point.
+
+    Returns:
+        [..., width], the dtype of `x`.
+
+    Raises:
+        ArgumentError: `x` is not floating point.
+
+    Source: Elfwing, Uchibe and Doya, "Sigmoid-Weighted Linear Units", 2017.
+    """
+    _check("silu", x)
+    return F.silu(x)
+
+
+@op(outputs=("activation",), sample=_ungated, tolerance={"activation": PRODUCT})
+def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+    """GELU, computed in float32 and rounded once.
+
+    Args:
+        x: [..., width], floating point.
+        approximate: "none" for the error function, "tanh" for its approximation.
+
+    Returns:
+        [..., width], the dtype of `x`.
+
+    Raises:
+        ArgumentError: `x` is not floating point, or another `approximate`.
+
+    Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
+    """
+    _check("gelu", x)
+    return _gelu(x, approximate, "gelu")
+
+
+@op(outputs=("activation",), sample=_ungated, tolerance={"activation": PRODUCT})
+def relu_squared(x: torch.Tensor) -> torch.Tensor:
+    """`relu(x)²`, the activation of Nemotron's MLP.
+
+    Args:
+        x: [..., width], floating point.
+
+    Returns:
+        [..., width], the dtype of `x`.
+
+    Raises:
+        ArgumentError: `x` is not floating point.
+
+    Source: So et al., "Primer: Searching for Efficient Transformers for Language Modeling", 2021.
+    """
+    _check("relu_squared", x)
+    return F.relu(x).square()
+
+
+def _gelu(x: torch.Tensor, approximate: str, where: str) -> torch.Tensor:
     if approximate not in ("none", "tanh"):
-        raise ArgumentError(f"approximate={approximate!r} does not exist", "gelu_mul", 'Pass "none" or "tanh"')
-    return gelu(gate, approximate=approximate) * up
+        raise ArgumentError(f"approximate={approximate!r} does not exist", where, 'Pass "none" or "tanh"')
+    return F.gelu(x, approximate=approximate)
 
 
-@op(outputs=_outputs, sample=_quantized, tolerance={"q": CODES, "product": PRODUCT}, options={"product": "product_out"})
-def silu_mul_quantize(
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    scheme: str = "fp8_static",
-    product_out: bool = False,
-) -> list[torch.Tensor]:
-    """`quantize(silu_mul(gate, up), scale, scheme)`.
-
-    Args:
-        gate: [..., width], floating point.
-        up: the shape and dtype of `gate`.
-        scale: as `quantize`.
-        scheme: as `quantize`.
-        product_out: whether the product itself is returned too.
-
-    Returns:
-        What `quantize` returns, then the product where asked for.
-
-    Raises:
-        As `silu_mul` and `quantize`.
-    """
-    product = silu_mul.reference(gate, up)
-    return [*quantize.reference(product, scale, scheme), *([product] if product_out else [])]
+def _check(where: str, gate: torch.Tensor, up: torch.Tensor | None = None) -> None:
+    alike = up is None or (gate.shape == up.shape and gate.dtype == up.dtype)
+    if not alike or not gate.is_floating_point():
+        given = " and ".join(f"{tuple(t.shape)} {t.dtype}" for t in (gate, up) if t is not None)
+        raise ArgumentError(f"the inputs are {given}", where, "They must be alike, and floating point")
 
 
-@op(outputs=_outputs, sample=_quantized, tolerance={"q": CODES, "product": PRODUCT}, options={"product": "product_out"})
-def gelu_mul_quantize(
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    approximate: str = "none",
-    scheme: str = "fp8_static",
-    product_out: bool = False,
-) -> list[torch.Tensor]:
-    """`quantize(gelu_mul(gate, up, approximate), scale, scheme)`.
+silu_mul_quantize = quantizing(silu_mul, "product")
+gelu_mul_quantize = quantizing(gelu_mul, "product")
+clamped_swiglu_quantize = quantizing(clamped_swiglu, "product")
+silu_quantize = quantizing(silu, "activation")
+gelu_quantize = quantizing(gelu, "activation")
+relu_squared_quantize = quantizing(relu_squared, "activation")
 
-    Args:
-        gate: [..., width], floating point.
-        up: the shape and dtype of `gate`.
-        scale: as `quantize`.
-        approximate: as `gelu_mul`.
-        scheme: as `quantize`.
-        product_out: whether the product itself is returned too.
+PAIRS = (
+    (silu_mul, silu_mul_quantize),
+    (gelu_mul, gelu_mul_quantize),
+    (clamped_swiglu, clamped_swiglu_quantize),
+    (silu, silu_quantize),
+    (gelu, gelu_quantize),
+    (relu_squared, relu_squared_quantize),
+)
+"""Each activation, and what it is with the quantisation behind."""
 
-    Returns:
-        What `quantize` returns, then the product where asked for.
-
-    Raises:
-        As `gelu_mul` and `quantize`.
-    """
-    product = gelu_mul.reference(gate, up, approximate)
-    return [*quantize.reference(product, scale, scheme), *([product] if product_out else [])]
-
-
-def _check(gate: torch.Tensor, up: torch.Tensor) -> None:
-    if gate.shape != up.shape or gate.dtype != up.dtype or not gate.is_floating_point():
-        raise ArgumentError(
-            f"gate is {tuple(gate.shape)} {gate.dtype}, up is {tuple(up.shape)} {up.dtype}",
-            "activation",
-            "They must be alike, and floating point",
-        )
-
-
-for _op in (silu_mul, gelu_mul, silu_mul_quantize, gelu_mul_quantize):
-    _op.backends.append(triton_backend(f"{__name__}.triton", f"plan_{_op.name}"))
+for _plain_op, _fused_op in PAIRS:
+    for _op in (_plain_op, _fused_op):
+        _op.backends.append(triton_backend(f"{__name__}.triton", f"plan_{_plain_op.name}"))

@@ -11,25 +11,56 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ...arch import Arch
 from ...launch import Empty, Launch
+from ..derive import MORE
+from ..quant.epilogue import (
+    code_outputs,
+    covered_rows,
+    fewest_columns,
+    refuse_scheme,
+    scheme_constants,
+    store_codes,
+    store_static,
+)
 from ..quant.scheme import Scheme
-from ..quant.triton import encode, refuse_scheme
-from ..rows import FLOATS, alike, row_count, row_stride, static
+from ..rows import FLOATS, alike, known, row_count, row_stride, static
+
+WIDEST = 32768
+"""Columns that one program holds in registers, where a whole row shares a scale."""
 
 
 @triton.jit
-def activate(x, ACT: tl.constexpr):
-    """SiLU, or GELU by the error function or by tanh, of float32 `x`."""
+def sigmoid(x):
+    """Of float32 `x`, with one correctly rounded division."""
+    return tl.div_rn(1.0, 1.0 + tl.exp(-x))
+
+
+@triton.jit
+def activated(x, ACT: tl.constexpr):
+    """SiLU, GELU by the error function or by tanh, or squared ReLU, of float32 `x`."""
     if ACT == "silu":
         y = tl.div_rn(x, 1.0 + tl.exp(-x))
     elif ACT == "gelu":
         y = (x * 0.5) * (tl.erf(x * 0.7071067811865476) + 1.0)
-    else:
+    elif ACT == "gelu_tanh":
         inner = (x + x * x * x * 0.044715) * 0.7978845608028654
         # tanh by the exponential of a negative number, which cannot overflow.
         power = tl.exp(-2.0 * tl.abs(inner))
         tanh = tl.div_rn(1.0 - power, 1.0 + power)
         y = (x * 0.5) * (tl.where(inner < 0, -tanh, tanh) + 1.0)
+    else:
+        # Not a maximum, which would lose a NaN.
+        positive = tl.where(x < 0, 0.0, x)
+        y = positive * positive
     return y
+
+
+@triton.jit
+def clamped_gate(x, alpha, limit, like):
+    """GPT-OSS's gate of float32 `x`, each step rounded to the dtype of the pointer `like`."""
+    kind: tl.constexpr = like.dtype.element_ty
+    x = tl.where(x > limit, limit, x)
+    slope = sigmoid((x * alpha).to(kind).to(tl.float32)).to(kind).to(tl.float32)
+    return (x * slope).to(kind).to(tl.float32)
 
 
 @triton.jit
@@ -37,81 +68,136 @@ def activation_kernel(
     gate,
     up,
     scale,
+    scale_2,
+    scale_3,
+    scale_4,
+    scale_5,
     q,
+    scales,
+    q_2,
+    q_3,
+    q_4,
+    q_5,
     product,
+    rows,
     gate_row,
     up_row,
+    step_of_columns,
+    alpha,
+    limit,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     ACT: tl.constexpr,
+    GROUP: tl.constexpr,
     LIMIT: tl.constexpr,
+    LOW: tl.constexpr,
+    INVERSE: tl.constexpr,
+    INPUT: tl.constexpr,
+    EPS: tl.constexpr,
+    ZERO_IS_ONE: tl.constexpr,
+    POWER: tl.constexpr,
+    LAYOUT: tl.constexpr,
     DIVIDE: tl.constexpr,
     PDL: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One block of a row a program: `product = act(gate) * up`, and its codes `q` where there are any.
+    """One block of a row a program: `product = act(gate) * up`, or without `up`, and its codes where there are any.
 
     EARLY reads the scale before the wait: the preceding kernel must not have written it.
     """
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     pid = tl.program_id(0).to(tl.int64)
-    row = pid // blocks
-    columns = (pid % blocks) * BLOCK + tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
+    row = (pid // blocks) + tl.zeros([1, 1], tl.int64)
+    start = (pid % blocks).to(tl.int32) * BLOCK
+    columns = start + tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)[None, :]
     inside = columns < WIDTH
-    if EARLY:
+    if LAYOUT == "swizzled":
+        inside = inside & (row < rows)
+    step = None
+    if scale is not None and EARLY:
         step = tl.load(scale).to(tl.float32)
     if PDL:
         gdc_wait()
     if scale is not None and not EARLY:
         step = tl.load(scale).to(tl.float32)
-    x = tl.load(gate + row * gate_row + columns, inside, other=0.0)
-    y = tl.load(up + row * up_row + columns, inside, other=0.0).to(tl.float32)
+    x = tl.load(gate + row * gate_row + columns * step_of_columns, inside, other=0.0)
+    if up is not None:
+        u = tl.load(up + row * up_row + columns * step_of_columns, inside, other=0.0).to(tl.float32)
     if PDL:
         # Here as in the norm's kernel, and for its reasons.
         gdc_launch_dependents()
-    activated = activate(x.to(tl.float32), ACT).to(gate.dtype.element_ty).to(tl.float32)
-    rounded = (activated * y).to(gate.dtype.element_ty)
+    if ACT == "clamped":
+        y = clamped_gate(x.to(tl.float32), alpha, limit, gate)
+        u = tl.clamp(u, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+        u = (u + 1.0).to(gate.dtype.element_ty).to(tl.float32)
+    else:
+        y = activated(x.to(tl.float32), ACT).to(gate.dtype.element_ty).to(tl.float32)
+    if up is not None:
+        y = (y * u).to(gate.dtype.element_ty).to(tl.float32)
     if product is not None:
-        tl.store(product + row * WIDTH + columns, rounded, inside)
+        tl.store(product + row * WIDTH + columns, y.to(gate.dtype.element_ty), inside)
     if q is not None:
-        codes = encode(rounded.to(tl.float32), step, LIMIT, DIVIDE).to(q.dtype.element_ty)
-        tl.store(q + row * WIDTH + columns, codes, inside)
+        store_codes(
+            y,
+            step,
+            q,
+            scales,
+            row,
+            columns,
+            inside,
+            rows,
+            WIDTH,
+            GROUP,
+            LIMIT,
+            LOW,
+            INVERSE,
+            INPUT,
+            EPS,
+            ZERO_IS_ONE,
+            POWER,
+            LAYOUT,
+            DIVIDE,
+            start,
+        )
+    if q_2 is not None:
+        store_static(y, scale_2, q_2, row, columns, inside, WIDTH, LIMIT, DIVIDE)
+    if q_3 is not None:
+        store_static(y, scale_3, q_3, row, columns, inside, WIDTH, LIMIT, DIVIDE)
+    if q_4 is not None:
+        store_static(y, scale_4, q_4, row, columns, inside, WIDTH, LIMIT, DIVIDE)
+    if q_5 is not None:
+        store_static(y, scale_5, q_5, row, columns, inside, WIDTH, LIMIT, DIVIDE)
 
 
-def plan_silu_mul(arch: Arch, gate: torch.Tensor, up: torch.Tensor) -> Launch | str:
-    """The launch that runs `silu_mul` on `arch`, or why it cannot."""
-    return _plan(arch, gate, up, "silu")
+def plan_silu_mul(arch: Arch, **arguments: Any) -> Launch | str:
+    """The launch that runs `silu_mul` or its quantising form on `arch`, or why it cannot."""
+    return _plan(arch, "silu", **arguments)
 
 
-def plan_gelu_mul(arch: Arch, gate: torch.Tensor, up: torch.Tensor, approximate: str = "none") -> Launch | str:
-    """The launch that runs `gelu_mul` on `arch`, or why it cannot."""
-    return _plan(arch, gate, up, "gelu" if approximate == "none" else "gelu_tanh")
+def plan_gelu_mul(arch: Arch, approximate: str = "none", **arguments: Any) -> Launch | str:
+    """The launch that runs `gelu_mul` or its quantising form on `arch`, or why it cannot."""
+    return _plan(arch, "gelu" if approximate == "none" else "gelu_tanh", **arguments)
 
 
-def plan_silu_mul_quantize(
-    arch: Arch,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    scheme: str = "fp8_static",
-    product_out: bool = False,
-) -> Launch | str:
-    """The launch that runs `silu_mul_quantize` on `arch`, or why it cannot."""
-    return _plan(arch, gate, up, "silu", scale, scheme, product_out)
+def plan_clamped_swiglu(arch: Arch, **arguments: Any) -> Launch | str:
+    """The launch that runs `clamped_swiglu` or its quantising form on `arch`, or why it cannot."""
+    return _plan(arch, "clamped", **arguments)
 
 
-def plan_gelu_mul_quantize(
-    arch: Arch,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    approximate: str = "none",
-    scheme: str = "fp8_static",
-    product_out: bool = False,
-) -> Launch | str:
-    """The launch that runs `gelu_mul_quantize` on `arch`, or why it cannot."""
-    return _plan(arch, gate, up, "gelu" if approximate == "none" else "gelu_tanh", scale, scheme, product_out)
+def plan_silu(arch: Arch, x: torch.Tensor, **arguments: Any) -> Launch | str:
+    """The launch that runs `silu` or its quantising form on `arch`, or why it cannot."""
+    return _plan(arch, "silu", x, **arguments)
+
+
+def plan_gelu(arch: Arch, x: torch.Tensor, approximate: str = "none", **arguments: Any) -> Launch | str:
+    """The launch that runs `gelu` or its quantising form on `arch`, or why it cannot."""
+    return _plan(arch, "gelu" if approximate == "none" else "gelu_tanh", x, **arguments)
+
+
+def plan_relu_squared(arch: Arch, x: torch.Tensor, **arguments: Any) -> Launch | str:
+    """The launch that runs `relu_squared` or its quantising form on `arch`, or why it cannot."""
+    return _plan(arch, "relu_squared", x, **arguments)
 
 
 def block_of(rows: int | None, width: int) -> int:
@@ -124,55 +210,91 @@ def block_of(rows: int | None, width: int) -> int:
     return min(most, int(triton.next_power_of_2(width)))
 
 
+def _column_stride(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[Any, Any, Any] | str:
+    """The strides between rows of both and between columns: 1, or 2 where gate and up are interleaved in one row."""
+    tensors = {"gate": gate} if up is None else {"gate": gate, "up": up}
+    steps = [t.stride(-1) for t in tensors.values()]
+    if all(known(step == 2) for step in steps) and all(known(t.shape[-1] > 1) for t in tensors.values()):
+        halves = [t.as_strided(t.shape, (*(s // 2 for s in t.stride()[:-1]), 1)) for t in tensors.values()]
+        odd = any(not known(s % 2 == 0) for t in tensors.values() for s in t.stride()[:-1])
+        rows = ["odd row strides" if odd else row_stride(t, name) for name, t in zip(tensors, halves, strict=True)]
+        scale = 2
+    else:
+        rows, scale = [row_stride(t, name) for name, t in tensors.items()], 1
+    for found in rows:
+        if isinstance(found, str):
+            return found
+    return rows[0] * scale, rows[-1] * scale, scale
+
+
 def _plan(
     arch: Arch,
-    gate: torch.Tensor,
-    up: torch.Tensor,
     act: str,
+    gate: torch.Tensor,
+    up: torch.Tensor | None = None,
+    alpha: float | None = None,
+    limit: float | None = None,
     scale: torch.Tensor | None = None,
     scheme: str | None = None,
-    product_out: bool = True,
+    product_out: bool | None = None,
+    activation_out: bool | None = None,
+    **more: torch.Tensor | None,
 ) -> Launch | str:
-    if scheme is not None and (reason := refuse_scheme(arch, scale, scheme, gate.device)):
-        return reason
-    if gate.dtype not in FLOATS or not alike(gate, up):
-        return f"gate is {gate.dtype} {tuple(gate.shape)}, up is {up.dtype} {tuple(up.shape)}"
-    strides = [row_stride(gate, "gate"), row_stride(up, "up")]
-    for stride in strides:
-        if isinstance(stride, str):
-            return stride
-    width: Any = gate.shape[-1]
+    extra = {name: s for name, s in more.items() if s is not None}
+    for given in (scale, *extra.values()):
+        if scheme is not None and (reason := refuse_scheme(arch, given, scheme, gate)):
+            return reason
+    if gate.dtype not in FLOATS or (up is not None and not alike(gate, up)):
+        given_up = f", up is {up.dtype} {tuple(up.shape)}" if up is not None else ""
+        return f"gate is {gate.dtype} {tuple(gate.shape)}{given_up}"
+    width: Any = gate.shape[-1] if gate.dim() else 0
     if not isinstance(width, int):
         return "the width is symbolic"
     if width == 0:
         return "the rows are empty"
-    kind = None if scheme is None else Scheme.parse(scheme)
-    shape, block = tuple(gate.shape), block_of(static(row_count(gate)), width)
+    strides = _column_stride(gate, up)
+    if isinstance(strides, str):
+        return strides
+    codes = None if scheme is None else Scheme.parse(scheme)
+    whole = codes is not None and codes.granularity == "token"
+    if whole and width > WIDEST:
+        return f"rows of {width} columns do not fit in registers (at most {WIDEST})"
+    rows, shape = row_count(gate), tuple(gate.shape)
+    block = int(triton.next_power_of_2(width)) if whole else block_of(static(rows), width)
+    block = max(block, fewest_columns(codes))
+    made = code_outputs(codes, shape)
     outputs = {
-        "q": Empty(shape, kind.dtype) if kind else None,
-        "product": Empty(shape, gate.dtype) if product_out else None,
+        "q": made["q"],
+        "scales": made["scales"],
+        **{f"q_{i}": made["q"] if f"scale_{i}" in extra else None for i in range(2, 6)},
+        "product": Empty(shape, gate.dtype) if codes is None or product_out or activation_out else None,
     }
+    threads = min(512, max(32, block // 16)) if whole else min(256, block // 8)
     return Launch(
         activation_kernel,
-        (row_count(gate) * triton.cdiv(width, block),),
+        (covered_rows(codes, rows) * triton.cdiv(width, block),),
         {
             "gate": gate,
             "up": up,
             "scale": scale,
+            **{name: more.get(name) for name in MORE},
             **outputs,
+            "rows": rows,
             "gate_row": strides[0],
             "up_row": strides[1],
+            "step_of_columns": strides[2],
+            "alpha": alpha,
+            "limit": limit,
             "WIDTH": width,
             "BLOCK": block,
             "VECTOR": 16 // gate.element_size(),
             "ACT": act,
-            "LIMIT": kind.max if kind else 0.0,
-            "DIVIDE": kind is not None and kind.rounding == "divide",
+            **scheme_constants(codes, gate.dtype),
             "PDL": arch.has_pdl,
             "EARLY": False,
         },
         returns=tuple(name for name, output in outputs.items() if output is not None),
-        num_warps=max(1, min(256, block // 8) // arch.warp_size),
+        num_warps=max(1, threads // arch.warp_size),
         pdl=arch.has_pdl,
-        early=("scale",) if kind else (),
+        early=("scale",) if scale is not None else (),
     )

@@ -1,204 +1,230 @@
-"""RMSNorm, with the residual add in front and the quantisation behind."""
+"""RMSNorm and LayerNorm, with the residual add in front and the quantisation behind."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from ...errors import ArgumentError
-from ...op import EXACT, Tolerance, op
-from ..quant import CODES, quantize, quantized_outputs, static_scale
+from ...op import Tolerance, op
+from ..derive import SUM, adding, derived, parameter, quantizing, residual_sum
 from ..rows import triton_backend
 
 NORM = Tolerance(ulp=2, fraction=2e-3, fp32_ulp=8)
 """The order of the sum can move the normalised value by one step, and a step of it is up to two of its product."""
+CENTRED = Tolerance(ulp=2, fraction=2e-3, fp32_ulp=64, floor=2**-20, cancels=2)
+"""LayerNorm cancels: close to the mean, to minus the bias, to minus the shift, there are few correct digits."""
+
+BEFORE, AFTER = "before_weight", "after_weight"
 
 
-def _tensors(tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, object]:
+def _sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, object]:
     x = torch.randn(tokens, width, generator=generator, device=device).to(dtype)
     weight = torch.rand(width, generator=generator, device=device).add(0.5).to(dtype)
     return {"x": x, "weight": weight, "eps": 1e-6}
 
 
-def _with_residual(
+def _sample_with_bias(
     tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator
 ) -> dict[str, object]:
-    residual = torch.randn(tokens, width, generator=generator, device=device).mul(4).to(dtype)
-    return {**_tensors(tokens, width, dtype, device, generator), "residual": residual}
+    made = _sample(tokens, width, dtype, device, generator)
+    bias, scale, shift = (torch.randn(width, generator=generator, device=device).to(dtype) for _ in range(3))
+    return {**made, "bias": bias, "mod_scale": scale, "mod_shift": shift}
 
 
-def _quantized(
-    tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator
-) -> dict[str, object]:
-    return {**_tensors(tokens, width, dtype, device, generator), "scale": static_scale(device), "scheme": "fp8_static"}
-
-
-def _residual_quantized(
-    tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator
-) -> dict[str, object]:
-    return {
-        **_with_residual(tokens, width, dtype, device, generator),
-        "scale": static_scale(device),
-        "scheme": "fp8_static",
-    }
-
-
-@op(outputs=("norm",), sample=_tensors, tolerance={"norm": NORM})
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """RMSNorm as Llama spells it: `weight * (x32 * rsqrt(mean(x32²) + eps)).to(x.dtype)`.
-
-    The reduction and the scaling are in float32; the normalised value is rounded to `x.dtype` before the weight.
+@op(outputs=("norm",), sample=_sample, tolerance={"norm": NORM})
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    rounding: str = BEFORE,
+) -> torch.Tensor:
+    """RMSNorm: `x32 * rsqrt(mean(x32²) + eps)`, times a weight. The reduction and the scaling are in float32.
 
     Args:
         x: [..., width], floating point.
-        weight: [width], floating point; where its dtype is wider than `x`'s, so is the result.
+        weight: [width], floating point, or None.
         eps: added to the mean square.
+        weight_offset: added to the weight in float32 (1.0 in Gemma, whose weights are near zero); wants "after_weight".
+        rounding: where the result is rounded. "before_weight", as Llama has it: the normalised value is rounded to
+            `x.dtype` and then multiplied, which rounds again. "after_weight", as `nn.RMSNorm`, OLMo2 and Gemma have it:
+            multiplied in float32 and rounded once, to `x.dtype`.
 
     Returns:
-        [..., width], `torch.promote_types(x.dtype, weight.dtype)`.
+        [..., width], `x.dtype`; "before_weight" and a weight of a wider dtype give what the two promote to.
 
     Raises:
-        ArgumentError: the weight is not [width], or `x` is not floating point.
+        ArgumentError: the weight is not [width], `x` is not floating point, or a rounding that does not exist.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
-    if not x.is_floating_point() or not weight.is_floating_point():
-        raise ArgumentError(
-            f"x and weight have dtypes {x.dtype} and {weight.dtype}", "rms_norm", "Both must be floating point"
-        )
-    if x.dim() == 0:
-        raise ArgumentError("x has no dimensions", "rms_norm", "Pass [..., width]")
-    if weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
-        raise ArgumentError(
-            f"weight has shape {tuple(weight.shape)}, x has width {x.shape[-1]}",
-            "rms_norm",
-            "Pass one weight per column",
-        )
+    _check("rms_norm", x, weight)
+    if rounding not in (BEFORE, AFTER):
+        raise ArgumentError(f"rounding={rounding!r} does not exist", "rms_norm", f"Pass {BEFORE!r} or {AFTER!r}")
+    if weight_offset and rounding == BEFORE:
+        raise ArgumentError("weight_offset is added in float32", "rms_norm", f"Pass rounding={AFTER!r}")
     h = x.float()
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * h.to(x.dtype)
+    if weight is None:
+        return h.to(x.dtype)
+    if rounding == BEFORE:
+        return weight * h.to(x.dtype)
+    w = weight.float()
+    return (h * (w + weight_offset if weight_offset else w)).to(x.dtype)
 
 
-def _add_outputs(arguments: Mapping[str, object]) -> tuple[str, ...]:
-    return ("norm", *(("residual",) if arguments["residual_out"] else ()))
+@op(outputs=("norm",), sample=_sample_with_bias, tolerance={"norm": CENTRED})
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    bias: torch.Tensor | None = None,
+    weight_offset: float = 0.0,
+    moments: str = "var_mean",
+    mod_scale: torch.Tensor | None = None,
+    mod_shift: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """LayerNorm: `(x32 - mean) * rsqrt(variance + eps) * weight + bias`, rounded to `x.dtype`, and its modulation.
+
+    Args:
+        x: [..., width], floating point.
+        weight: [width], floating point, or None.
+        eps: added to the variance, which is the biased one.
+        bias: [width], floating point, or None.
+        weight_offset: added to the weight in the weight's own dtype (1.0 in Nemotron).
+        moments: "var_mean", as `torch.nn.functional.layer_norm`; "by_hand", as Cohere: the mean is subtracted first,
+            and the squares of the differences are averaged.
+        mod_scale: as diffusion transformers have it, the result is `norm * (1 + mod_scale) + mod_shift`, each step
+            rounded; broadcasts against `x`: [width], or [batch, 1, width] for [batch, tokens, width]. With `mod_shift`.
+        mod_shift: as `mod_scale`.
+
+    Returns:
+        [..., width], `x.dtype` (wider where `mod_scale` or `mod_shift` is).
+
+    Raises:
+        ArgumentError: weight or bias is not [width], `x` is not floating point, or one of `mod_scale` and `mod_shift`
+            is missing or does not broadcast.
+
+    Source: Ba, Kiros and Hinton, "Layer Normalization", 2016; Peebles and Xie, "Scalable Diffusion Models with
+    Transformers", 2023, for the modulation.
+    """
+    _check("layer_norm", x, weight, bias)
+    if weight is not None and weight_offset:
+        weight = weight + weight_offset
+    if moments == "var_mean":
+        w, b = (None if v is None else v.float() for v in (weight, bias))
+        norm = torch.nn.functional.layer_norm(x.float(), (x.shape[-1],), w, b, eps).to(x.dtype)
+    elif moments == "by_hand":
+        norm = _by_hand(x, weight, bias, eps)
+    else:
+        raise ArgumentError(f"moments={moments!r} does not exist", "layer_norm", 'Pass "var_mean" or "by_hand"')
+    if mod_scale is None and mod_shift is None:
+        return norm
+    if mod_scale is None or mod_shift is None:
+        raise ArgumentError("only one of mod_scale and mod_shift is there", "layer_norm", "Pass both or neither")
+    for modulation in (mod_scale, mod_shift):
+        ahead = modulation.shape[:-1]
+        fits = len(ahead) <= x.dim() - 1 and modulation.shape[-1:] == x.shape[-1:]
+        if not fits or any(m not in (1, n) for m, n in zip(ahead[::-1], x.shape[-2::-1], strict=False)):
+            raise ArgumentError(
+                f"the modulation has shape {tuple(modulation.shape)}, x has {tuple(x.shape)}",
+                "layer_norm",
+                "It must broadcast to x",
+            )
+    return norm * (1 + mod_scale) + mod_shift
 
 
-@op(
-    outputs=_add_outputs,
-    sample=_with_residual,
-    tolerance={"norm": NORM, "residual": EXACT},
-    options={"residual": "residual_out"},
-)
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, residual_out: bool = True
-) -> list[torch.Tensor]:
-    """`rms_norm(x + residual, weight, eps)`, and the sum.
+def _by_hand(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    h = x.float()
+    centred = h - h.mean(-1, keepdim=True)
+    h = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+    h = h if weight is None else weight.float() * h
+    return (h if bias is None else h + bias.float()).to(x.dtype)
+
+
+def _check(name: str, x: torch.Tensor, *vectors: torch.Tensor | None) -> None:
+    given = [v for v in vectors if v is not None]
+    if not all(v.is_floating_point() for v in (x, *given)):
+        dtypes = " and ".join(str(v.dtype) for v in (x, *given))
+        raise ArgumentError(f"x and weight have dtypes {dtypes}", name, "All must be floating point")
+    if x.dim() == 0:
+        raise ArgumentError("x has no dimensions", name, "Pass [..., width]")
+    for vector in given:
+        if vector.dim() != 1 or vector.shape[0] != x.shape[-1]:
+            raise ArgumentError(
+                f"weight has shape {tuple(vector.shape)}, x has width {x.shape[-1]}",
+                name,
+                "Pass one weight per column",
+            )
+
+
+def _add(arguments: Mapping[str, Any]) -> torch.Tensor:
+    x, residual, alpha, second, inner, eps, offset, rounding = arguments.values()
+    if inner is not None:
+        x = rms_norm.reference(x, inner, eps, offset, rounding)
+    return residual_sum(x, residual, alpha, second, "add")
+
+
+def _sample_add(
+    tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator
+) -> dict[str, object]:
+    x, residual = (torch.randn(tokens, width, generator=generator, device=device).to(dtype) for _ in range(2))
+    return {"x": x, "residual": residual}
+
+
+add = derived(
+    "add",
+    [
+        parameter("x", torch.Tensor),
+        parameter("residual", torch.Tensor),
+        parameter("alpha", float, 1.0),
+        parameter("second", torch.Tensor | None, None),
+        parameter("inner_weight", torch.Tensor | None, None),
+        parameter("eps", float, 1e-6),
+        parameter("weight_offset", float, 0.0),
+        parameter("rounding", str, BEFORE),
+    ],
+    _add,
+    """A residual sum: `residual + second + alpha * x`, rounded after each step; `x` may be normalised first.
 
     Args:
         x: [..., width], floating point.
         residual: the shape and dtype of `x`.
-        weight: [width].
-        eps: added to the mean square.
-        residual_out: whether the sum, rounded to `x.dtype` (the norm reads it so rounded), is returned too.
+        alpha: `x` is multiplied by it first, and rounded to its dtype; 1.0: not at all.
+        second: like `x`, or None; added to `residual` before `x` is, and rounded.
+        inner_weight: [width], or None; `x` is first normalised, as `rms_norm` with this weight.
+        eps, weight_offset, rounding: of that norm.
 
     Returns:
-        [norm] or [norm, sum].
+        [..., width], the dtype of `x`.
 
     Raises:
-        ArgumentError: the shapes or dtypes of `x` and `residual` differ, or as `rms_norm`.
-    """
-    total = _sum(x, residual)
-    return [rms_norm.reference(total, weight, eps), *([total] if residual_out else [])]
-
-
-def _norm_quantize_outputs(arguments: Mapping[str, object]) -> tuple[str, ...]:
-    extra = [name for name, flag in (("norm", "norm_out"), ("residual", "residual_out")) if arguments.get(flag)]
-    return (*quantized_outputs(dict(arguments)), *extra)
-
-
-@op(
-    outputs=_norm_quantize_outputs,
-    sample=_quantized,
-    tolerance={"q": CODES, "norm": NORM},
-    options={"norm": "norm_out"},
+        ArgumentError: the shapes or dtypes differ, or as `rms_norm`.
+    """,
+    torch.Tensor,
+    outputs=("residual",),
+    sample=_sample_add,
+    tolerance={"residual": SUM},
 )
-def rms_norm_quantize(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    scheme: str = "fp8_static",
-    norm_out: bool = False,
-) -> list[torch.Tensor]:
-    """`quantize(rms_norm(x, weight, eps), scale, scheme)`.
 
-    Args:
-        x: [..., width], floating point.
-        weight: [width].
-        scale: as `quantize`.
-        eps: added to the mean square.
-        scheme: as `quantize`.
-        norm_out: whether the norm itself is returned too.
+add_rms_norm = adding(rms_norm, "add_rms_norm", "norm", inner=True)
+add_layer_norm = adding(layer_norm, "add_layer_norm", "norm")
+add_quantize = quantizing(add, "residual")
+rms_norm_quantize = quantizing(rms_norm, "norm")
+layer_norm_quantize = quantizing(layer_norm, "norm")
+add_rms_norm_quantize = quantizing(add_rms_norm, "norm")
+add_layer_norm_quantize = quantizing(add_layer_norm, "norm")
 
-    Returns:
-        What `quantize` returns, then the norm where asked for.
-
-    Raises:
-        As `rms_norm` and `quantize`.
-    """
-    norm = rms_norm.reference(x, weight, eps)
-    return [*quantize.reference(norm, scale, scheme), *([norm] if norm_out else [])]
-
-
-@op(
-    outputs=_norm_quantize_outputs,
-    sample=_residual_quantized,
-    tolerance={"q": CODES, "norm": NORM, "residual": EXACT},
-    options={"norm": "norm_out", "residual": "residual_out"},
-)
-def add_rms_norm_quantize(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    scheme: str = "fp8_static",
-    norm_out: bool = False,
-    residual_out: bool = True,
-) -> list[torch.Tensor]:
-    """`quantize(rms_norm(x + residual, weight, eps), scale, scheme)`, and the sum.
-
-    Args:
-        x: [..., width], floating point.
-        residual: the shape and dtype of `x`.
-        weight: [width].
-        scale: as `quantize`.
-        eps: added to the mean square.
-        scheme: as `quantize`.
-        norm_out: whether the norm is returned too.
-        residual_out: whether the sum is returned too.
-
-    Returns:
-        What `quantize` returns, then the norm, then the sum, where asked for.
-
-    Raises:
-        As `add_rms_norm` and `quantize`.
-    """
-    total = _sum(x, residual)
-    return [
-        *rms_norm_quantize.reference(total, weight, scale, eps, scheme, norm_out),
-        *([total] if residual_out else []),
-    ]
-
-
-def _sum(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    if x.shape != residual.shape or x.dtype != residual.dtype:
-        raise ArgumentError(
-            f"x is {tuple(x.shape)} {x.dtype}, residual is {tuple(residual.shape)} {residual.dtype}",
-            "add_rms_norm",
-            "They must be alike",
-        )
-    return x + residual
-
-
-for _op in (rms_norm, add_rms_norm, rms_norm_quantize, add_rms_norm_quantize):
-    _op.backends.append(triton_backend(f"{__name__}.triton", f"plan_{_op.name}"))
+for _op, _plan in (
+    (rms_norm, "plan_rms_norm"),
+    (layer_norm, "plan_layer_norm"),
+    (add_rms_norm, "plan_rms_norm"),
+    (add_layer_norm, "plan_layer_norm"),
+    (add_quantize, "plan_add"),
+    (rms_norm_quantize, "plan_rms_norm"),
+    (layer_norm_quantize, "plan_layer_norm"),
+    (add_rms_norm_quantize, "plan_rms_norm"),
+    (add_layer_norm_quantize, "plan_layer_norm"),
+):
+    _op.backends.append(triton_backend(f"{__name__}.triton", _plan))

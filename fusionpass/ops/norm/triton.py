@@ -2,6 +2,8 @@
 # Triton's own language has no annotations that mypy could check.
 # mypy: disable-error-code="no-untyped-def"
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +15,19 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ...arch import Arch
 from ...launch import Empty, Launch
 from ...tuning import store
+from ..derive import MORE
+from ..quant.epilogue import (
+    code_outputs,
+    covered_rows,
+    fewest_columns,
+    refuse_scheme,
+    scheme_constants,
+    store_codes,
+    store_static,
+)
 from ..quant.scheme import Scheme
-from ..quant.triton import encode, refuse_scheme
-from ..rows import FLOATS, alike, row_count, row_stride, static
+from ..rows import FLOATS, alike, alike_shape, known, row_count, row_stride, static
+from . import AFTER, BEFORE
 
 WIDEST = 16384
 """Columns that one program holds in registers."""
@@ -24,73 +36,204 @@ MANY = 4096
 
 
 @triton.jit
+def normalised(
+    h, w, b, eps, offset, inside, like, wide, WIDTH: tl.constexpr, CENTRE: tl.constexpr, AFTER: tl.constexpr
+):
+    """float32 rows `h` (zero outside) normalised, times `w` and plus `b`, rounded where the reference rounds.
+
+    `like` and `wide` are pointers of the dtypes of x and of the weight; `w`, `b` None where there is none. CENTRE
+    subtracts the mean (LayerNorm); AFTER rounds once, behind weight and bias.
+    """
+    kind: tl.constexpr = like.dtype.element_ty
+    if CENTRE:
+        h = tl.where(inside, h - tl.sum(h, 1, keep_dims=True) / WIDTH, 0.0)
+    y = h * tl.rsqrt(tl.sum(h * h, 1, keep_dims=True) / WIDTH + eps)
+    if w is None:
+        if b is not None:
+            y += b.to(tl.float32)
+        y = y.to(kind).to(tl.float32)
+    elif AFTER:
+        scaling = w.to(tl.float32)
+        if offset is not None:
+            scaling += offset
+            if CENTRE:
+                scaling = scaling.to(wide.dtype.element_ty).to(tl.float32)
+        y = y * scaling
+        if b is not None:
+            y += b.to(tl.float32)
+        y = y.to(kind).to(tl.float32)
+    else:
+        y = y.to(kind).to(tl.float32) * w.to(tl.float32)
+        # The product has the promoted dtype: that of both, or float32.
+        if kind == wide.dtype.element_ty:
+            y = y.to(kind).to(tl.float32)
+    return y
+
+
+@triton.jit
+def rounded_as(y, a, b):
+    """float32 `y` rounded to the dtype to which those of the pointers `a` and `b` promote, if it has 16 bits."""
+    if a.dtype.element_ty == b.dtype.element_ty:
+        y = y.to(a.dtype.element_ty).to(tl.float32)
+    return y
+
+
+@triton.jit
 def norm_kernel(
     x,
     residual,
+    second,
+    inner,
     weight,
+    bias,
+    mod_scale,
+    mod_shift,
     scale,
+    scale_2,
+    scale_3,
+    scale_4,
+    scale_5,
     q,
+    scales,
+    q_2,
+    q_3,
+    q_4,
+    q_5,
     norm,
     total,
     rows,
     x_row,
     residual_row,
+    second_row,
+    scale_row,
+    shift_row,
+    per_modulation,
+    unit,
     eps,
+    offset,
+    alpha,
+    NORM: tl.constexpr,
+    AFTER: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     VECTOR: tl.constexpr,
+    GROUP: tl.constexpr,
     LIMIT: tl.constexpr,
+    LOW: tl.constexpr,
+    INVERSE: tl.constexpr,
+    INPUT: tl.constexpr,
+    EPS: tl.constexpr,
+    ZERO_IS_ONE: tl.constexpr,
+    POWER: tl.constexpr,
+    LAYOUT: tl.constexpr,
     DIVIDE: tl.constexpr,
     PDL: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """ROWS rows a program, each held in registers. `residual`, `scale`, `q`, `norm`, `total` are None where not wanted.
+    """ROWS rows a program, each held in registers; pointers and numbers are None where the op has no such thing.
 
-    float32 arithmetic, rounded where the reference rounds: the sum, the normalised value, its product with the weight.
-    EARLY reads weight and scale before the wait: the preceding kernel must not have written them.
+    float32 arithmetic, rounded where the reference rounds. NORM is "rms", "layer", or "" for a sum alone. EARLY reads
+    weights, bias and given scales before the wait: the preceding kernel must not have written them.
     """
     # Left to itself, the one-byte output would set the layout of all: 32-byte strides in the loads, a shuffle through
     # shared memory before the wider stores.
     columns = tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)[None, :]
     inside = columns < WIDTH
+    w = None
+    b = None
+    v = None
+    step = None
     if EARLY:
-        w = tl.load(weight + columns, inside, other=0.0, eviction_policy="evict_last")
+        if weight is not None:
+            w = tl.load(weight + columns, inside, other=0.0, eviction_policy="evict_last")
+        if bias is not None:
+            b = tl.load(bias + columns, inside, other=0.0, eviction_policy="evict_last")
+        if inner is not None:
+            v = tl.load(inner + columns, inside, other=0.0, eviction_policy="evict_last")
         if scale is not None:
             step = tl.load(scale).to(tl.float32)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     mask = inside
-    if ROWS > 1:
+    if ROWS > 1 or LAYOUT == "swizzled":
         mask = inside & (row < rows)
     if PDL:
         gdc_wait()
     h = tl.load(x + row * x_row + columns, mask, other=0.0).to(tl.float32)
     if residual is not None:
-        h += tl.load(residual + row * residual_row + columns, mask, other=0.0).to(tl.float32)
+        r = tl.load(residual + row * residual_row + columns, mask, other=0.0).to(tl.float32)
+    if second is not None:
+        r += tl.load(second + row * second_row + columns, mask, other=0.0).to(tl.float32)
+        r = r.to(x.dtype.element_ty).to(tl.float32)
     if not EARLY:
         # Before any store: loads stay in program order with them, and the first store waits for x.
-        w = tl.load(weight + columns, inside, other=0.0, eviction_policy="evict_last")
+        if weight is not None:
+            w = tl.load(weight + columns, inside, other=0.0, eviction_policy="evict_last")
+        if bias is not None:
+            b = tl.load(bias + columns, inside, other=0.0, eviction_policy="evict_last")
+        if inner is not None:
+            v = tl.load(inner + columns, inside, other=0.0, eviction_policy="evict_last")
         if scale is not None:
             step = tl.load(scale).to(tl.float32)
+    if mod_scale is not None:
+        group = row // per_modulation
+        m = tl.load(mod_scale + group * scale_row + columns, mask, other=0.0)
+        shift = tl.load(mod_shift + group * shift_row + columns, mask, other=0.0)
     if PDL:
         # As late as Inductor's own kernels: the next one may count on everything older than this one to be finished,
         # and may write to memory that this one has read.
         gdc_launch_dependents()
+    if inner is not None:
+        h = normalised(h, v, None, eps, offset, inside, x, inner, WIDTH, False, AFTER)
+    if alpha is not None:
+        h = (h * alpha).to(x.dtype.element_ty).to(tl.float32)
     if residual is not None:
-        rounded = h.to(x.dtype.element_ty)
+        rounded = (h + r).to(x.dtype.element_ty)
         if total is not None:
             tl.store(total + row * WIDTH + columns, rounded, mask)
         h = rounded.to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(h * h, 1, keep_dims=True) / WIDTH + eps)
-    y = (h * rstd).to(x.dtype.element_ty).to(tl.float32) * w.to(tl.float32)
-    # The product has the promoted dtype: that of both, or float32.
-    if x.dtype.element_ty == weight.dtype.element_ty:
-        y = y.to(x.dtype.element_ty).to(tl.float32)
+    y = h
+    if NORM != "":
+        like = x if weight is None else weight
+        y = normalised(h, w, b, eps, offset, inside, x, like, WIDTH, NORM == "layer", AFTER)
+    if mod_scale is not None:
+        # Each step rounded to the dtype that promotion gives it. LLVM would make 16-bit arithmetic of it, and then a fused
+        # multiply-add that skips a rounding, did it see that all operands are widened 16-bit numbers: `unit` is 1.
+        one = (unit + m.to(tl.float32)).to(m.dtype).to(tl.float32)
+        y = rounded_as(y * one, x, mod_scale)
+        y = rounded_as(y + shift.to(tl.float32) * unit, x, mod_shift)
     if norm is not None:
         tl.store(norm + row * WIDTH + columns, y.to(norm.dtype.element_ty), mask)
     if q is not None:
-        y = encode(y, step, LIMIT, DIVIDE)
-        tl.store(q + row * WIDTH + columns, y.to(q.dtype.element_ty), mask)
+        store_codes(
+            y,
+            step,
+            q,
+            scales,
+            row,
+            columns,
+            mask,
+            rows,
+            WIDTH,
+            GROUP,
+            LIMIT,
+            LOW,
+            INVERSE,
+            INPUT,
+            EPS,
+            ZERO_IS_ONE,
+            POWER,
+            LAYOUT,
+            DIVIDE,
+        )
+    if q_2 is not None:
+        store_static(y, scale_2, q_2, row, columns, mask, WIDTH, LIMIT, DIVIDE)
+    if q_3 is not None:
+        store_static(y, scale_3, q_3, row, columns, mask, WIDTH, LIMIT, DIVIDE)
+    if q_4 is not None:
+        store_static(y, scale_4, q_4, row, columns, mask, WIDTH, LIMIT, DIVIDE)
+    if q_5 is not None:
+        store_static(y, scale_5, q_5, row, columns, mask, WIDTH, LIMIT, DIVIDE)
 
 
 @dataclass(frozen=True)
@@ -123,58 +266,30 @@ def configure(arch: Arch, rows: int | None, width: int, itemsize: int = 2) -> Co
     return Config(max(fewest, min(16, 64 // loads)), threads // arch.warp_size)
 
 
-def plan_rms_norm(arch: Arch, x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> Launch | str:
-    """The launch that runs `rms_norm` on `arch`, or why it cannot."""
-    return _plan(arch, x, None, weight, eps, norm_out=True)
+def plan_rms_norm(arch: Arch, **arguments: Any) -> Launch | str:
+    """The launch that runs `rms_norm`, or that with a residual or a quantisation around it, or why there is none."""
+    return _plan(arch, "rms", **arguments)
 
 
-def plan_add_rms_norm(
-    arch: Arch,
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float = 1e-6,
-    residual_out: bool = True,
-) -> Launch | str:
-    """The launch that runs `add_rms_norm` on `arch`, or why it cannot."""
-    return _plan(arch, x, residual, weight, eps, norm_out=True, residual_out=residual_out)
+def plan_layer_norm(arch: Arch, **arguments: Any) -> Launch | str:
+    """The launch that runs `layer_norm`, or that with a residual or a quantisation around it, or why there is none."""
+    return _plan(arch, "layer", **{k: v for k, v in arguments.items() if k != "moments"}, rounding=AFTER)
 
 
-def plan_rms_norm_quantize(
-    arch: Arch,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    scheme: str = "fp8_static",
-    norm_out: bool = False,
-) -> Launch | str:
-    """The launch that runs `rms_norm_quantize` on `arch`, or why it cannot."""
-    reason = refuse_scheme(arch, scale, scheme, x.device)
-    return reason or _plan(arch, x, None, weight, eps, scale, scheme, norm_out)
+def plan_add(arch: Arch, **arguments: Any) -> Launch | str:
+    """The launch that runs `add_quantize`, or why there is none."""
+    sum_out = arguments.pop("residual_out")
+    return _plan(arch, "", **arguments, norm_out=sum_out)
 
 
-def plan_add_rms_norm_quantize(
-    arch: Arch,
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    scheme: str = "fp8_static",
-    norm_out: bool = False,
-    residual_out: bool = True,
-) -> Launch | str:
-    """The launch that runs `add_rms_norm_quantize` on `arch`, or why it cannot."""
-    reason = refuse_scheme(arch, scale, scheme, x.device)
-    return reason or _plan(arch, x, residual, weight, eps, scale, scheme, norm_out, residual_out)
-
-
-def _refuse(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor) -> str | None:
-    if x.dtype not in FLOATS or weight.dtype not in FLOATS:
-        return f"x is {x.dtype} and the weight {weight.dtype}"
-    if residual is not None and not alike(x, residual):
-        return "x and the residual differ in shape, dtype or device"
+def _refuse(
+    x: torch.Tensor, likes: Mapping[str, torch.Tensor | None], vectors: Mapping[str, torch.Tensor | None]
+) -> str | None:
+    if x.dtype not in FLOATS:
+        return f"x is {x.dtype}"
+    for name, other in likes.items():
+        if other is not None and not alike(x, other):
+            return f"x and the {name} differ in shape, dtype or device"
     width: Any = x.shape[-1] if x.dim() else 0
     if not isinstance(width, int):
         return "the width is symbolic"
@@ -182,63 +297,137 @@ def _refuse(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
         return "the rows are empty"
     if width > WIDEST:
         return f"rows of {width} columns do not fit in registers (at most {WIDEST})"
-    if weight.dim() != 1 or weight.shape[0] != width or weight.stride(0) != 1 or weight.device != x.device:
-        return f"the weight is {weight.dtype} {tuple(weight.shape)} on {weight.device}, not a dense vector of {width}"
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        dense = vector.dim() == 1 and vector.shape[0] == width and vector.stride(0) == 1
+        if not dense or vector.dtype not in FLOATS or vector.device != x.device:
+            return (
+                f"the {name} is {vector.dtype} {tuple(vector.shape)} on {vector.device}, not a dense vector of {width}"
+            )
     return None
+
+
+def _modulation(x: torch.Tensor, by: torch.Tensor | None) -> tuple[Any, Any] | str:
+    """Rows of `x` that share a row of `by`, and the stride between its rows; a reason where there is no such number."""
+    if by is None:
+        return 1, 0
+    if by.dtype not in FLOATS or by.device != x.device or not known(by.stride(-1) == 1):
+        return f"the modulation is {by.dtype} with strides {tuple(by.stride())} on {by.device}"
+    ahead = (1,) * (x.dim() - by.dim()) + tuple(by.shape[:-1])
+    if all(known(size == 1) for size in ahead):
+        return 1, 0
+    if alike_shape(by, x):
+        stride = row_stride(by, "the modulation")
+        return stride if isinstance(stride, str) else (1, stride)
+    if by.dim() == x.dim() and known(by.shape[0] == x.shape[0]) and all(known(size == 1) for size in ahead[1:]):
+        return math.prod(x.shape[1:-1]), by.stride(0)
+    return f"the modulation has shape {tuple(by.shape)} for x of {tuple(x.shape)}"
+
+
+def _modulations(
+    x: torch.Tensor, mod_scale: torch.Tensor | None, mod_shift: torch.Tensor | None
+) -> tuple[Any, Any, Any] | str:
+    """Rows of `x` that share rows of both, and the strides between those; a reason where they cannot be read so."""
+    scale, shift = _modulation(x, mod_scale), _modulation(x, mod_shift)
+    if isinstance(scale, str):
+        return scale
+    if isinstance(shift, str):
+        return shift
+    per = shift[0] if known(scale[1] == 0) else scale[0]
+    if not known(per == shift[0]) and not known(shift[1] == 0):
+        return "mod_scale and mod_shift are shared by different numbers of rows"
+    return per, scale[1], shift[1]
 
 
 def _plan(
     arch: Arch,
+    kind: str,
     x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    eps: float,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    rounding: str = BEFORE,
+    bias: torch.Tensor | None = None,
+    mod_scale: torch.Tensor | None = None,
+    mod_shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    alpha: float = 1.0,
+    second: torch.Tensor | None = None,
+    inner_weight: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     scheme: str | None = None,
-    norm_out: bool = False,
+    norm_out: bool = True,
     residual_out: bool = False,
+    **more: torch.Tensor | None,
 ) -> Launch | str:
-    if reason := _refuse(x, residual, weight):
+    if scheme is not None and (reason := refuse_scheme(arch, scale, scheme, x)):
         return reason
-    x_row = row_stride(x, "x")
-    residual_row = 0 if residual is None else row_stride(residual, "the residual")
-    for stride in (x_row, residual_row):
-        if isinstance(stride, str):
-            return stride
+    extra = {name: s for name, s in more.items() if s is not None}
+    for other in extra.values():
+        if scheme is not None and (reason := refuse_scheme(arch, other, scheme, x)):
+            return reason
+    likes = {"residual": residual, "second residual": second}
+    vectors = {"weight": weight, "bias": bias, "inner weight": inner_weight}
+    if reason := _refuse(x, likes, vectors):
+        return reason
+    strides = [0 if t is None else row_stride(t, name) for name, t in {"x": x, **likes}.items()]
+    modulation = _modulations(x, mod_scale, mod_shift)
+    for found in (*strides, modulation):
+        if isinstance(found, str):
+            return found
     rows, width, shape = row_count(x), x.shape[-1], tuple(x.shape)
     config = configure(arch, static(rows), width, x.element_size())
     if reason := store.refuse("norm", arch, static(rows), width):
         return reason
-    kind = None if scheme is None else Scheme.parse(scheme)
+    codes = None if scheme is None else Scheme.parse(scheme)
+    dtype = x.dtype
+    for wider in (weight if rounding == BEFORE and kind else None, mod_scale, mod_shift):
+        dtype = dtype if wider is None else torch.promote_types(dtype, wider.dtype)
+    made = code_outputs(codes, shape)
     outputs = {
-        "q": Empty(shape, kind.dtype) if kind else None,
-        "norm": Empty(shape, torch.promote_types(x.dtype, weight.dtype)) if norm_out else None,
+        "q": made["q"],
+        "scales": made["scales"],
+        **{f"q_{i}": made["q"] if f"scale_{i}" in extra else None for i in range(2, 6)},
+        "norm": Empty(shape, dtype) if norm_out else None,
         "total": Empty(shape, x.dtype) if residual_out else None,
     }
+    read_early = {"weight": weight, "bias": bias, "inner": inner_weight, "scale": scale}
     return Launch(
         norm_kernel,
-        ((rows + config.rows - 1) // config.rows,),
+        ((covered_rows(codes, rows) + config.rows - 1) // config.rows,),
         {
             "x": x,
             "residual": residual,
-            "weight": weight,
-            "scale": scale,
+            "second": second,
+            **read_early,
+            "mod_scale": mod_scale,
+            "mod_shift": mod_shift,
+            **{name: more.get(name) for name in MORE},
             **outputs,
             "rows": rows,
-            "x_row": x_row,
-            "residual_row": residual_row,
+            "x_row": strides[0],
+            "residual_row": strides[1],
+            "second_row": strides[2],
+            "per_modulation": modulation[0],
+            "scale_row": modulation[1],
+            "shift_row": modulation[2],
+            "unit": None if mod_scale is None else 1.0,
             "eps": eps,
+            "offset": weight_offset or None,
+            "alpha": alpha if alpha != 1.0 else None,
+            "NORM": kind,
+            "AFTER": rounding == AFTER,
             "WIDTH": width,
-            "BLOCK": triton.next_power_of_2(width),
+            "BLOCK": max(fewest_columns(codes), triton.next_power_of_2(width)),
             "ROWS": config.rows,
             "VECTOR": 16 // x.element_size(),
-            "LIMIT": kind.max if kind else 0.0,
-            "DIVIDE": kind is not None and kind.rounding == "divide",
+            **scheme_constants(codes, x.dtype),
             "PDL": arch.has_pdl,
             "EARLY": False,
         },
         returns=tuple(name for name, output in outputs.items() if output is not None),
         num_warps=config.warps,
         pdl=arch.has_pdl,
-        early=("weight",) if kind is None else ("weight", "scale"),
+        early=tuple(name for name, tensor in read_early.items() if tensor is not None),
     )

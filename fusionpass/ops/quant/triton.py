@@ -1,7 +1,8 @@
-"""Triton kernels of the quantisations, and what other kernels need to quantise what they computed."""
+"""Triton kernel of the quantisations."""
 # Triton's own language has no annotations that mypy could check.
 # mypy: disable-error-code="no-untyped-def"
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,17 +11,26 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ...arch import Arch
-from ...launch import Empty, Launch
-from ..rows import FLOATS, row_count, row_stride
+from ...launch import Launch
+from ..rows import FLOATS, known, row_count, row_stride, static
+from .epilogue import (
+    code_outputs,
+    covered_rows,
+    encode,
+    fewest_columns,
+    refuse_scheme,
+    scheme_constants,
+    store_codes,
+)
 from .scheme import Scheme
 
+__all__ = [
+    "code_outputs", "covered_rows", "encode", "fewest_columns", "plan_quantize", "refuse_scheme", "scheme_constants",
+    "store_codes",
+]  # fmt: skip
 
-@triton.jit
-def encode(y, scale, LIMIT: tl.constexpr, DIVIDE: tl.constexpr):
-    """float32 `y` over the float32 scalar `scale`, clamped to what the codes can hold; NaN stays NaN."""
-    # The reciprocal as the reference takes it: correctly rounded, whatever the target's fast division does.
-    y = tl.div_rn(y, scale) if DIVIDE else y * tl.div_rn(1.0, scale)
-    return tl.clamp(y, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+FLAT_ROW = 2048
+"""Elements of a program where rows do not matter."""
 
 
 @triton.jit
@@ -28,69 +38,63 @@ def quantize_kernel(
     x,
     scale,
     q,
+    scales,
+    rows,
     elements,
     x_row,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    FLAT: tl.constexpr,
+    GROUP: tl.constexpr,
     LIMIT: tl.constexpr,
+    LOW: tl.constexpr,
+    INVERSE: tl.constexpr,
+    INPUT: tl.constexpr,
+    EPS: tl.constexpr,
+    ZERO_IS_ONE: tl.constexpr,
+    POWER: tl.constexpr,
+    LAYOUT: tl.constexpr,
     DIVIDE: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
     PDL: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """`q[i] = encode(x[i])`, one block a program: of all elements where `x` is contiguous, else of one row.
+    """A tile of ROWS rows and BLOCK columns a program. FLAT: `x` is contiguous and a row is any WIDTH elements of it.
 
     EARLY reads the scale before the wait: the preceding kernel must not have written it.
     """
+    blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     pid = tl.program_id(0).to(tl.int64)
-    if CONTIGUOUS:
-        start = pid * BLOCK
-        source = x + start
-        target = q + start
-        left = elements - start
+    row = pid // blocks * ROWS + tl.arange(0, ROWS)[:, None]
+    start = (pid % blocks).to(tl.int32) * BLOCK
+    columns = start + tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)[None, :]
+    if FLAT:
+        mask = row * WIDTH + columns < elements
     else:
-        blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
-        row = pid // blocks
-        first = (pid % blocks) * BLOCK
-        source = x + row * x_row + first
-        target = q + row * WIDTH + first
-        left = WIDTH - first
-    columns = tl.arange(0, BLOCK)
+        mask = (row < rows) & (columns < WIDTH)
+    given = None
     if EARLY:
-        step = tl.load(scale).to(tl.float32)
+        given = tl.load(scale).to(tl.float32)
     if PDL:
         gdc_wait()
-    if not EARLY:
-        step = tl.load(scale).to(tl.float32)
-    y = tl.load(source + columns, columns < left, other=0.0).to(tl.float32)
+    if scale is not None and not EARLY:
+        given = tl.load(scale).to(tl.float32)
+    y = tl.load(x + row * x_row + columns, mask, other=0.0).to(tl.float32)
     if PDL:
         # Here as in the norm's kernel, and for its reasons.
         gdc_launch_dependents()
-    y = encode(y, step, LIMIT, DIVIDE)
-    tl.store(target + columns, y.to(q.dtype.element_ty), columns < left)
-
-
-def refuse_scheme(arch: Arch, scale: torch.Tensor | None, scheme: str, device: torch.device) -> str | None:
-    """Why `encode` cannot quantise so on `arch`, or None."""
-    kind = Scheme.parse(scheme)
-    if not kind.static or kind.granularity != "tensor":
-        return f"the kernels know static per-tensor scales, not {scheme!r}"
-    if kind.dtype == torch.float8_e4m3fn and not arch.has_fp8_e4m3fn:
-        return f"Triton cannot convert to float8_e4m3fn on {arch.name}"
-    if kind.dtype == torch.float8_e4m3fnuz and arch.name != "gfx942":
-        return f"{arch.name} does not convert to float8_e4m3fnuz"
-    if scale is None or scale.numel() != 1:
-        return "the scale is not one element"
-    if scale.device != device or not scale.is_floating_point():
-        return f"the scale is {scale.dtype} on {scale.device}, not a float on {device}"
-    return None
+    store_codes(
+        y, given, q, scales, row, columns, mask, rows, WIDTH, GROUP, LIMIT, LOW, INVERSE, INPUT, EPS, ZERO_IS_ONE,
+        POWER, LAYOUT, DIVIDE, start,
+    )  # fmt: skip
 
 
 def plan_quantize(
     arch: Arch, x: torch.Tensor, scale: torch.Tensor | None = None, scheme: str = "fp8_static"
 ) -> Launch | str:
     """The launch that runs `quantize` on `arch`, or why it cannot."""
-    if reason := refuse_scheme(arch, scale, scheme, x.device):
+    if reason := refuse_scheme(arch, scale, scheme, x):
         return reason
     if x.dtype not in FLOATS:
         return f"x is {x.dtype}"
@@ -103,29 +107,69 @@ def plan_quantize(
     if width == 0:
         return "the rows are empty"
     kind = Scheme.parse(scheme)
-    elements = row_count(x) * width
-    contiguous = isinstance(stride, int) and stride == width
-    block = 2048 if contiguous else min(4096, triton.next_power_of_2(width))
-    blocks = (elements + block - 1) // block if contiguous else row_count(x) * triton.cdiv(width, block)
+    rows = row_count(x)
+    elements = rows * width
+    flat = kind.static and known(stride == width)
+    if flat:
+        width = stride = FLAT_ROW
+        rows = (elements + FLAT_ROW - 1) // FLAT_ROW
+    tile = cut(arch, kind, static(rows), width, x.element_size())
     return Launch(
         quantize_kernel,
-        (blocks,),
+        ((covered_rows(kind, rows) + tile.rows - 1) // tile.rows * triton.cdiv(width, tile.columns),),
         {
             "x": x,
             "scale": scale,
-            "q": Empty(tuple(x.shape), kind.dtype),
+            **code_outputs(kind, x.shape),
+            "rows": rows,
             "elements": elements,
             "x_row": stride,
             "WIDTH": width,
-            "BLOCK": block,
-            "LIMIT": kind.max,
-            "DIVIDE": kind.rounding == "divide",
-            "CONTIGUOUS": contiguous,
+            "BLOCK": tile.columns,
+            "ROWS": tile.rows,
+            "VECTOR": 16 // x.element_size(),
+            "FLAT": flat,
+            **scheme_constants(kind, x.dtype),
             "PDL": arch.has_pdl,
             "EARLY": False,
         },
-        returns=("q",),
-        num_warps=max(1, min(256, block // 8) // arch.warp_size),
+        returns=("q", "scales") if kind.returns_scale else ("q",),
+        num_warps=tile.warps,
         pdl=arch.has_pdl,
-        early=("scale",),
+        early=("scale",) if kind.takes_scale else (),
     )
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program takes.
+
+    Args:
+        rows: how many.
+        columns: of each.
+        warps: how many share them.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def cut(arch: Arch, kind: Scheme, rows: int | None, width: int, itemsize: int) -> Tile:
+    """The tile for `rows` rows (None: any number) of `width` columns."""
+    if kind.static:
+        columns = min(4096, triton.next_power_of_2(width))
+        return Tile(1, columns, max(1, min(256, columns // 8) // arch.warp_size))
+    if kind.group is None:
+        # The whole row, by the norm kernel's rule.
+        columns = triton.next_power_of_2(width)
+        loads = max(1, columns * itemsize // 16)
+        threads = loads if 128 <= loads <= 256 else max(128, columns // 64)
+        return Tile(max(1, min(16, 64 // loads)), columns, threads // arch.warp_size)
+    # Few elements are spread over more programs; the widest block that wastes no more than a tenth.
+    elements = rows * width if rows is not None else 2**31
+    most = max(fewest_columns(kind), 512 if elements <= 2**17 else 1024 if elements <= 2**20 else 2048)
+    columns = most
+    while columns > fewest_columns(kind) and width < 0.9 * triton.cdiv(width, columns) * columns:
+        columns //= 2
+    return Tile(most // columns, columns, max(1, most // 8 // arch.warp_size))

@@ -1,0 +1,267 @@
+"""What fuses in each family of models, as docs/coverage.md: `python -m bench.coverage [--check]`. Traces only."""
+
+import argparse
+import copy
+import difflib
+import gc
+import importlib.metadata
+import logging
+import multiprocessing
+import re
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import fusionpass
+from bench.sites import Site, sites
+from fusionpass import Arch, Config, Record, Report
+from fusionpass.quantize import SCHEMES, QuantizedLinear
+from tests.families import BATCH, FAMILIES, TOKENS, Family
+
+PATH = Path(__file__).parent.parent / "docs" / "coverage.md"
+TARGET = Arch("sm_90")
+CAPABILITY = (9, 0)
+
+SECTIONS = {
+    "norm": ("Norms that feed a quantised linear", "The output of a norm, viewed or copied at most."),
+    "sum": (
+        "Norms with arithmetic behind them",
+        "A residual added to the output of a norm (post-norm models), a modulation of it (diffusion), or a multiplier.",
+    ),
+    "activation": ("Activations", "The output of an activation, most often multiplied by another projection."),
+    "attention": ("Attention outputs", "What an attention gives, perhaps gated."),
+    "other": ("Anything else", "Embeddings, residual sums with no norm in them, concatenations, outputs of linears."),
+}
+
+
+@torch.library.custom_op("coverage::product", mutates_args=())
+def _product(codes: torch.Tensor, scales: list[torch.Tensor], columns: int, dtype: torch.dtype) -> torch.Tensor:
+    raise NotImplementedError
+
+
+@_product.register_fake
+def _(codes: torch.Tensor, scales: list[torch.Tensor], columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return codes.new_empty(codes.shape[0], columns, dtype=dtype)
+
+
+def _opaque_product(
+    layer: QuantizedLinear, codes: torch.Tensor, scales: list[torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor:
+    """One operator for the matrix product: nothing in front of it depends on how it is done, and half the graph is."""
+    return torch.ops.coverage.product(codes, scales, layer.out_features, dtype)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A site under one scheme: whether the quantisation is part of the op that computes it, and why if not."""
+
+    family: str
+    scheme: str
+    site: Site
+    fused: bool
+    reasons: tuple[str, ...]
+
+
+def judge(found: Sequence[Site], report: Report, scheme: str) -> list[tuple[bool, tuple[str, ...]]]:
+    """Of each site: whether an op of `report` computes it and quantises it; else what the report says of it.
+
+    One op accounts for one site. A sum is computed where its last operator is, or where its norm is.
+    """
+    free = [r for r in report.fused if r.op.endswith("_quantize") and r.scheme.split(",")[0] == scheme]
+    judged: list[tuple[bool, tuple[str, ...]]] = []
+    for site in found:
+        norm = site.kind in ("norm", "sum")
+        op = next((r for r in free if ("norm" in r.op) == norm and _about(site, r)), None)
+        if op is None:
+            judged.append((False, _reasons_of(site, report)))
+        else:
+            free.remove(op)
+            judged.append((True, ()))
+    return judged
+
+
+def _about(site: Site, record: Record) -> bool:
+    # An activation may be a module of its own inside the one that multiplies it.
+    inside = site.kind == "activation" and record.where.startswith(f"{site.where}.")
+    return record.where in {site.where, *site.norms} or (inside and record.where not in site.linears)
+
+
+def _reasons_of(site: Site, report: Report) -> tuple[str, ...]:
+    def told(records: Iterable[Record]) -> list[Record]:
+        return [r for r in records if r.reason and (r.where in site.linears or _about(site, r))]
+
+    reasons = [f"{r.op}: {r.reason}" for r in told(report.fused)]
+    reasons += [f"{r.rule} missed: {r.reason}" for r in told(report.missed)]
+    reasons += [f"{r.rule} refused: {r.reason}" for r in told(report.refused)]
+    return tuple(dict.fromkeys(map(_without_numbers, reasons))) or ("nothing",)
+
+
+def _without_numbers(reason: str) -> str:
+    """A reason without the numbers that fx gives to nodes, so that those of two layers are one."""
+    return re.sub(r"\bat (\w+?)_\d+:", r"at \1:", reason)
+
+
+def unknown(found: Iterable[Site], report: Report) -> list[Record]:
+    """The norms that the report has with a quantisation and `found` does not have: the count would be wrong."""
+    known = {path for site in found if site.norms for path in (site.where, *site.norms)}
+    return [r for r in report.fused if "norm" in r.op and r.op.endswith("_quantize") and r.where not in known]
+
+
+def outcomes(family: Family, schemes: Iterable[str]) -> list[Outcome]:
+    """Every site of a family under each of the schemes.
+
+    Raises:
+        AssertionError: the report names a norm that the model itself does not show.
+    """
+    built, inputs = family.build()
+    made = []
+    for scheme in schemes:
+        model = copy.deepcopy(built)
+        calibration = [inputs] if SCHEMES[scheme].calibrated else None
+        fusionpass.quantize_(model, scheme, calibration, family.skip, progress=False)
+        found = sites(model, inputs)
+        torch._dynamo.reset()
+        with mock.patch("fusionpass.quantize.linear.product", _opaque_product):
+            report = fusionpass.explain(model, **inputs, config=Config(target=TARGET))
+        strangers = unknown(found, report)
+        assert not strangers, f"{family.name}, {scheme}: not seen in the model: {strangers}"
+        judged = judge(found, report, scheme)
+        made += [Outcome(family.name, scheme, site, *verdict) for site, verdict in zip(found, judged, strict=True)]
+    gc.collect()
+    return made
+
+
+def versions() -> str:
+    """What the table depends on besides this repository."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "diffusers"))
+
+
+def document(made: Sequence[Outcome]) -> str:
+    """The page."""
+    schemes = list(dict.fromkeys(o.scheme for o in made))
+    lines = [
+        "# Coverage",
+        "",
+        "How much of what real models quantise is fused with what computes it, by family and scheme, and why the rest",
+        "is not. Every linear that can be quantised is; the count of what it reads comes from running the model, not",
+        "from the rules. A cell is fused / all.",
+        "",
+        f"Made by `python -m bench.coverage` with {versions()}.",
+        f"Random weights, two layers, bfloat16, {BATCH} × {TOKENS} tokens at once, traced for {TARGET.name}. MoE",
+        "experts that are packed parameters rather than linears are not quantised. The configurations are those of",
+        "`tests/families.py`.",
+        "",
+        *_summary(made, schemes),
+    ]
+    for kind, (title, explained) in SECTIONS.items():
+        of_kind = [o for o in made if o.site.kind == kind]
+        if of_kind:
+            lines += ["", f"## {title}", "", explained, "", *_table(of_kind, schemes), *_reasons(of_kind, schemes)]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(made: Sequence[Outcome], schemes: Sequence[str]) -> list[str]:
+    lines = ["| what a linear reads | families | all of it fused | " + " | ".join(schemes) + " | all |"]
+    lines.append("|" + "---|" * (len(schemes) + 4))
+    for kind, (title, _) in SECTIONS.items():
+        of_kind = [o for o in made if o.site.kind == kind]
+        families = {o.family for o in of_kind}
+        full = families - {o.family for o in of_kind if not o.fused}
+        shares = [_share([o for o in of_kind if o.scheme == scheme]) for scheme in schemes]
+        lines.append(f"| {title} | {len(families)} | {len(full)} | {' | '.join(shares)} | {_share(of_kind)} |")
+    return lines
+
+
+def _share(of: Sequence[Outcome]) -> str:
+    fused = sum(o.fused for o in of)
+    return f"{fused}/{len(of)}, {100 * fused / len(of):.1f} %" if of else "–"
+
+
+def _table(of_kind: Sequence[Outcome], schemes: Sequence[str]) -> list[str]:
+    lines = ["| family | " + " | ".join(schemes) + " |", "|" + "---|" * (len(schemes) + 1)]
+    for family in dict.fromkeys(o.family for o in of_kind):
+        cells = []
+        for scheme in schemes:
+            these = [o.fused for o in of_kind if (o.family, o.scheme) == (family, scheme)]
+            cells.append(f"{sum(these)}/{len(these)}" if these else "–")
+        lines.append(f"| {family} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _reasons(of_kind: Sequence[Outcome], schemes: Sequence[str]) -> list[str]:
+    grouped: dict[str, list[Outcome]] = defaultdict(list)
+    for o in of_kind:
+        for reason in o.reasons:
+            grouped[reason].append(o)
+    if not grouped:
+        return []
+    lines = ["", "Why not:", "", "| the report says | sites | schemes | families |", "|---|---|---|---|"]
+    for reason, of in sorted(grouped.items(), key=lambda item: (-len(item[1]), item[0])):
+        named = list(dict.fromkeys(o.scheme for o in of))
+        families = list(dict.fromkeys(o.family for o in of))
+        listed = ", ".join(families[:6]) + (f" and {len(families) - 6} more" if len(families) > 6 else "")
+        which = "all" if named == list(schemes) else ", ".join(named)
+        lines.append(f"| {reason.replace('|', '¦')} | {len(of)} | {which} | {listed} |")
+    return lines
+
+
+def _prepare() -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    # Tracing makes many objects and little garbage: a fifth of the time.
+    gc.disable()
+    # MoE layers ask it which kernel to call; there may be no GPU, and the answer must not depend on which.
+    torch.cuda.get_device_capability = lambda device=None: CAPABILITY
+
+
+def _work(job: tuple[Family, tuple[str, ...]]) -> list[Outcome]:
+    return outcomes(*job)
+
+
+def measure(families: Sequence[Family], schemes: Sequence[str], processes: int = 2) -> list[Outcome]:
+    """The outcomes of all, in the order of the arguments."""
+    jobs = [(family, tuple(schemes)) for family in families]
+    made: list[Outcome] = []
+    with multiprocessing.get_context("spawn").Pool(min(processes, len(jobs)), _prepare) as pool:
+        for family, found in zip(families, pool.imap(_work, jobs), strict=True):
+            print(family.name, file=sys.stderr)
+            made += found
+    return made
+
+
+def main() -> int:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit 1 with a diff where the page is stale")
+    parser.add_argument("--family", action="append", help="only print this family")
+    parser.add_argument("--scheme", action="append", choices=list(SCHEMES), help="only print this scheme")
+    options = parser.parse_args()
+    names = options.family or [family.name for family in FAMILIES]
+    if missing := set(names) - {family.name for family in FAMILIES}:
+        parser.error(f"there is no family {', '.join(sorted(missing))}: {', '.join(f.name for f in FAMILIES)}")
+    before = PATH.read_text() if PATH.exists() else ""
+    if options.check and before and versions() not in before:
+        print(f"skipped: {PATH.name} was made with other versions than {versions()}")
+        return 0
+    chosen = [family for family in FAMILIES if family.name in names]
+    page = document(measure(chosen, options.scheme or list(SCHEMES)))
+    if options.family or options.scheme:
+        print(page)
+    elif options.check:
+        diff = list(difflib.unified_diff(before.splitlines(), page.splitlines(), PATH.name, "now", lineterm=""))
+        print("\n".join(diff) or f"{PATH.name} is as it should be")
+        return int(bool(diff))
+    else:
+        PATH.write_text(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""The Triton epilogue by which kernels quantise what they computed, and what their plans need to call it."""
+# Triton's own language has no annotations that mypy could check.
+# mypy: disable-error-code="no-untyped-def"
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...arch import Arch
+from ...launch import Empty
+from .layout import column_major_stride, swizzled_shape
+from .scheme import Scheme
+
+WIDEST = 32768
+"""Columns of a row that one program holds in registers, for a scale per row."""
+
+
+@triton.jit
+def encode(y, scale, LIMIT: tl.constexpr, DIVIDE: tl.constexpr):
+    """float32 `y` over the float32 `scale`, clamped to what the codes can hold; NaN stays NaN."""
+    # The reciprocal as the reference takes it: correctly rounded, whatever the target's fast division does.
+    y = tl.div_rn(y, scale) if DIVIDE else y * tl.div_rn(1.0, scale)
+    return tl.clamp(y, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def biased_exponent(step, POWER: tl.constexpr):
+    """The e8m0 byte of float32 `step` >= 0 rounded to a power of two, as int32: 255 for NaN, 254 for infinity."""
+    bits = step.to(tl.int32, bitcast=True)
+    exponent = bits >> 23
+    if POWER == "ceil":
+        # Adding all ones below the exponent carries into it unless they are all zero.
+        exponent = tl.where(bits <= 0x400000, 0, (bits + 0x7FFFFF) >> 23)
+    elif POWER == "log2_ceil":
+        # log2(2**k * (1 + n * 2**-23)) is k + n * 2**-23 / ln 2, and rounds to k where that is within half the spacing
+        # of the floats above k: 2**(j - 24) for j = floor(log2(k)), where k < 0 floor(log2(-k - 1)).
+        k = exponent - 127
+        magnitude = tl.where(k < 0, -k - 1, k).to(tl.float32)
+        power = (magnitude.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        above = (bits & 0x7FFFFF).to(tl.float32) > power * 0.34657359027997264
+        # Subnormals have one power of two that matters, 2**-127, and eleven floats above it are as near.
+        exponent = tl.where(bits <= 0x40000B, 0, tl.where(exponent == 0, 1, exponent + above.to(tl.int32)))
+    return tl.where(step == step, tl.minimum(exponent, 254), 255)
+
+
+@triton.jit
+def store_scale(scales, value, row, group, rows, GROUPS: tl.constexpr, LAYOUT: tl.constexpr):
+    """Scales of [ROWS, 1] rows and [1, n] groups, in their layout; rows and groups past the end pad it with zeros."""
+    inside = (row < rows) & (group < GROUPS)
+    if LAYOUT == "swizzled":
+        across: tl.constexpr = (GROUPS + 3) // 4
+        place = (row // 128 * across + group // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + group % 4
+        value = tl.where(inside, value, 0)
+        inside = (row < (rows + 127) // 128 * 128) & (group < across * 4)
+    elif LAYOUT == "column_major":
+        unit: tl.constexpr = 128 // scales.dtype.element_ty.primitive_bitwidth
+        place = row + group * ((rows + unit - 1) // unit * unit).to(tl.int64)
+    else:
+        place = row * GROUPS + group
+    tl.store(scales + place, value.to(scales.dtype.element_ty), inside)
+
+
+@triton.jit
+def pack(y, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """[ROWS, BLOCK] float32 as e2m1 codes, two a byte: [ROWS, BLOCK / 2]. Nearest even; NaN gives 6."""
+    a = tl.abs(y)
+    # Each comparison is one midpoint between neighbours; a tie goes to the even one.
+    code = (a > 0.25).to(tl.int32) + (a >= 0.75).to(tl.int32) + (a > 1.25).to(tl.int32) + (a >= 1.75).to(tl.int32)
+    code += (a > 2.5).to(tl.int32) + (a >= 3.5).to(tl.int32) + (a > 5.0).to(tl.int32)
+    code += (y.to(tl.int32, bitcast=True) >> 28) & 8
+    code = tl.where(y == y, code, 7)
+    even, odd = tl.split(tl.reshape(code, [ROWS, BLOCK // 2, 2]))
+    return even | (odd << 4)
+
+
+@triton.jit
+def store_codes(
+    y,
+    given,
+    q,
+    scales,
+    row,
+    columns,
+    mask,
+    rows,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    LIMIT: tl.constexpr,
+    LOW: tl.constexpr,
+    INVERSE: tl.constexpr,
+    INPUT: tl.constexpr,
+    EPS: tl.constexpr,
+    ZERO_IS_ONE: tl.constexpr,
+    POWER: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    start=0,
+):
+    """Quantise a tile: compute its scales, unless one is given alone, and write codes and scales.
+
+    Args:
+        y: float32 [ROWS, BLOCK], rounded as the reference's input was; anything where masked.
+        given: a float32 scalar, or None.
+        q: codes, [rows, WIDTH], or [rows, WIDTH / 2] uint8 for packed e2m1.
+        scales: where they go, or None for a static scheme.
+        row: int64 [ROWS, 1]. With swizzled scales the tiles must cover `covered_rows`.
+        columns: [1, BLOCK], from a multiple of BLOCK; with a scale per row, the whole of it. `fewest_columns` is the
+            least BLOCK.
+        mask: which elements exist: broadcasts to [ROWS, BLOCK].
+        rows: how many there are.
+        WIDTH: of a row.
+        GROUP: and the other constants: `scheme_constants`.
+        start: the first column.
+    """
+    ROWS: tl.constexpr = y.shape[0]
+    BLOCK: tl.constexpr = y.shape[1]
+    if scales is None:
+        step = given
+    else:
+        # As integers, magnitudes keep their order, and NaN is the largest.
+        bits = tl.where(mask, y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+        groups: tl.constexpr = WIDTH // GROUP if GROUP else 1
+        if GROUP:
+            y = tl.reshape(y, [ROWS, BLOCK // GROUP, GROUP])
+            bits = tl.reshape(bits, [ROWS, BLOCK // GROUP, GROUP])
+            amax = tl.max(bits, 2).to(tl.float32, bitcast=True)
+            group = start // GROUP + tl.arange(0, BLOCK // GROUP)[None, :]
+        else:
+            amax = tl.max(bits, 1, keep_dims=True).to(tl.float32, bitcast=True)
+            group = tl.zeros([1, 1], tl.int32)
+        if ZERO_IS_ONE:
+            amax = tl.where(amax > 0, amax, 1.0)
+        step = amax * INVERSE
+        if INPUT == "bfloat16":
+            step = step.to(tl.bfloat16).to(tl.float32)
+        elif INPUT == "float16":
+            step = step.to(tl.float16).to(tl.float32)
+        if scales.dtype.element_ty == tl.float8e4nv:
+            stored = tl.clamp(tl.div_rn(step, given), EPS, 448.0, propagate_nan=tl.PropagateNan.ALL)
+            stored = stored.to(tl.float8e4nv)
+            step = stored.to(tl.float32)
+            factor = step * given if DIVIDE else tl.div_rn(tl.div_rn(1.0, given), step)
+        else:
+            step = tl.maximum(step, EPS, propagate_nan=tl.PropagateNan.ALL)
+            if POWER != "none":
+                exponent = biased_exponent(step, POWER)
+            if scales.dtype.element_ty == tl.uint8:
+                stored = exponent
+                factor = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+                factor = tl.where(exponent == 254, 5.877471754111438e-39, factor)
+                factor = tl.where(exponent == 0, 1.0, factor)
+                factor = tl.where(exponent == 255, float("nan"), factor)
+            else:
+                if POWER != "none":
+                    power = (tl.maximum(exponent, 1) << 23).to(tl.float32, bitcast=True)
+                    step = tl.where(step < float("inf"), power, step)
+                stored = step
+                factor = step if DIVIDE else tl.div_rn(1.0, step)
+        store_scale(scales, stored, row, group, rows, groups, LAYOUT)
+        if GROUP:
+            factor = tl.expand_dims(factor, 2)
+    if scales is None:
+        y = encode(y, step, LIMIT, DIVIDE)
+    else:
+        y = tl.div_rn(y, factor) if DIVIDE and scales.dtype.element_ty != tl.uint8 else y * factor
+        y = tl.clamp(y, LOW, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        if GROUP:
+            y = tl.reshape(y, [ROWS, BLOCK])
+    if q.dtype.element_ty == tl.uint8:
+        codes = pack(y, ROWS, BLOCK)
+        pairs = start // 2 + tl.arange(0, BLOCK // 2)[None, :]
+        tl.store(q + row * (WIDTH // 2) + pairs, codes.to(tl.uint8), (row < rows) & (pairs < WIDTH // 2))
+    elif q.dtype.element_ty == tl.int8:
+        # Nearest even: from 2**23 on, floats have no digits behind the point. The clamp keeps this from fusing into
+        # a multiply-add.
+        y = (y + 12582912.0) - 12582912.0
+        tl.store(q + row * WIDTH + columns, tl.where(y == y, y, 0.0).to(tl.int8), mask)
+    else:
+        tl.store(q + row * WIDTH + columns, y.to(q.dtype.element_ty), mask)
+
+
+@triton.jit
+def store_static(y, scale, q, row, columns, mask, WIDTH: tl.constexpr, LIMIT: tl.constexpr, DIVIDE: tl.constexpr):
+    """Codes of a tile by a further static scale, read here."""
+    codes = encode(y, tl.load(scale).to(tl.float32), LIMIT, DIVIDE)
+    tl.store(q + row * WIDTH + columns, codes.to(q.dtype.element_ty), mask)
+
+
+def scheme_constants(kind: Scheme | None, x_dtype: torch.dtype) -> dict[str, Any]:
+    """The constexprs of `store_codes` by name, for values that were rounded to `x_dtype`; of no use for None."""
+    kind = kind or Scheme.parse("fp8_static")
+    return {
+        "GROUP": kind.group or 0,
+        "LIMIT": kind.max,
+        "LOW": kind.min,
+        # Not a division: torch's CUDA kernels multiply by the float32 reciprocal of a Python number.
+        "INVERSE": torch.tensor(kind.denominator).reciprocal().item(),
+        "INPUT": str(x_dtype).removeprefix("torch.") if kind.amax_dtype == "input" else "float32",
+        "EPS": kind.eps,
+        "ZERO_IS_ONE": kind.zero == "one",
+        "POWER": kind.scale_rounding,
+        "LAYOUT": kind.layout,
+        "DIVIDE": kind.rounding == "divide",
+    }
+
+
+def code_outputs(kind: Scheme | None, shape: Sequence[Any]) -> dict[str, Empty | None]:
+    """The buffers that `store_codes` writes for an input of `shape`, as its parameters `q` and `scales`."""
+    if kind is None:
+        return {"q": None, "scales": None}
+    *lead, width = shape
+    q = Empty((*lead, width // 2 if kind.packed else width), kind.code_dtype)
+    if kind.static:
+        return {"q": q, "scales": None}
+    dtype, groups = kind.stored_scale_dtype, width // kind.group if kind.group else 1
+    scales = Empty((*lead, groups), dtype)
+    if kind.layout == "swizzled":
+        scales = Empty(swizzled_shape(math.prod(lead), groups), dtype)
+    elif kind.layout == "column_major":
+        scales = Empty(scales.shape, dtype, column_major_stride(scales.shape, dtype.itemsize))
+    return {"q": q, "scales": scales}
+
+
+def covered_rows(kind: Scheme | None, rows: Any) -> Any:
+    """How many rows the tiles must cover, so that the padding of swizzled scales is written too."""
+    return swizzled_shape(rows, 1)[0] if kind is not None and kind.layout == "swizzled" else rows
+
+
+def fewest_columns(kind: Scheme | None) -> int:
+    """The least BLOCK: a whole group, four where they are swizzled."""
+    if kind is None or kind.group is None:
+        return 1
+    return kind.group * 4 if kind.layout == "swizzled" else kind.group
+
+
+def refuse_scheme(arch: Arch, scale: torch.Tensor | None, scheme: str, x: torch.Tensor | torch.device) -> str | None:
+    """Why `store_codes` cannot quantise so on `arch`, or None.
+
+    Args:
+        arch: the target.
+        scale: the scale that is given, or None.
+        scheme: a scheme's string.
+        x: what is quantised (fake, and of symbolic size, for all it matters), or its device alone.
+    """
+    kind = Scheme.parse(scheme)
+    if kind.granularity == "block128":
+        return "there is no kernel for scales of 128 x 128 blocks"
+    converts = (kind.dtype, kind.stored_scale_dtype)
+    if torch.float8_e4m3fn in converts and not arch.has_fp8_e4m3fn:
+        return f"Triton cannot convert to float8_e4m3fn on {arch.name}"
+    if torch.float8_e4m3fnuz in converts and arch.name != "gfx942":
+        return f"{arch.name} does not convert to float8_e4m3fnuz"
+    device = x.device if isinstance(x, torch.Tensor) else x
+    if kind.takes_scale:
+        if scale is None or scale.numel() != 1:
+            return "the scale is not one element"
+        if scale.device != device or not scale.is_floating_point():
+            return f"the scale is {scale.dtype} on {scale.device}, not a float on {device}"
+    elif scale is not None:
+        return f"{scheme!r} computes its scale"
+    return _refuse_width(kind, x) if isinstance(x, torch.Tensor) and not kind.static else None
+
+
+def _refuse_width(kind: Scheme, x: torch.Tensor) -> str | None:
+    width: Any = x.shape[-1] if x.dim() else 0
+    if not isinstance(width, int):
+        return "the width is symbolic"
+    if kind.group is None:
+        fits = width <= WIDEST
+        return None if fits else f"rows of {width} columns do not fit in registers (at most {WIDEST})"
+    return f"the width {width} is not a multiple of {kind.group}" if width % kind.group else None

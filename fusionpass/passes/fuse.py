@@ -1,0 +1,264 @@
+"""fuse: neighbouring ops → a larger op. No op is made whose inputs, shapes and dtypes are not proven equal."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, Node
+
+from ..graphs import (
+    differs,
+    erase_unused,
+    inherit,
+    insert_outputs,
+    is_view_of_rows,
+    mutated,
+    outputs_of,
+    same_shape,
+    source_line,
+    value,
+    values,
+    where,
+)
+from ..infer import Inference
+from ..match import Attempt
+from ..op import OPS, Op, Refusal
+from ..report.trace import GraphTrace, Record, Site
+from ..rule import Fold
+from ..verify import check_rewrite
+from .recognise import disabled
+
+
+def fuse(
+    graph: Graph,
+    folds: Iterable[Fold],
+    trace: GraphTrace,
+    disable: frozenset[str] = frozenset(),
+    verify: bool = False,
+) -> None:
+    """Fold neighbouring ops into larger ones, in place, until nothing changes; record the refused."""
+    folds, infer = list(folds), Inference()
+    refused: dict[tuple[str, str], Record] = {}
+    changed = True
+    while changed:
+        changed = False
+        for node in [n for n in graph.nodes if n.target in OPS]:
+            for fold in folds:
+                if node._erased or node.target is not fold.consumer.overload:
+                    continue
+                found = _producer(fold, node)
+                if found is None:
+                    continue
+                refusal = found if isinstance(found, str) else _fold(graph, fold, node, found, infer, disable, verify)
+                if refusal is None:
+                    changed = True
+                    # What another fold could not do with this reader does not matter any more.
+                    refused = {key: record for key, record in refused.items() if key[0] != node.name}
+                    break
+                site = _site(node)
+                refused[node.name, fold.name] = Record(fold.fused.name, fold.name, refusal, site.where, site.source)
+    trace.refused += refused.values()
+
+
+def _site(node: Node) -> Site:
+    site = node.meta.get("fusionpass")
+    return site if isinstance(site, Site) else Site((), where(node), source_line(node))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A producer in front of a consumer.
+
+    Attributes:
+        read: the producer's output that the consumer reads.
+        views: between that and the consumer, in order.
+        given: the producer's arguments by name.
+        nodes: the nodes that the producer consists of.
+        asked: the consumer's arguments by name, without what it read.
+    """
+
+    read: Node
+    views: tuple[Node, ...]
+    given: Mapping[str, Any]
+    nodes: tuple[Node, ...]
+    asked: Mapping[str, Any]
+
+
+def _producer(fold: Fold, consumer: Node) -> _Found | Refusal:
+    """This fold's producer in front of `consumer`; None where there is none, a reason where it is not usable."""
+    arguments = fold.consumer.bind(consumer.args, consumer.kwargs)
+    first, *others = fold.reads or (next(iter(arguments)),)
+    reason: Refusal = None
+    for name in (first, *others):
+        views: list[Node] = []
+        node = arguments[name]
+        while isinstance(node, Node) and is_view_of_rows(node):
+            views.insert(0, node)
+            node = node.args[0]
+        found = _made_by(fold, node) if isinstance(node, Node) else None
+        if isinstance(found, str):
+            reason = found
+        elif found is not None:
+            # What is read may stand in another place, such as either operand of a sum: then the two change places.
+            asked = {**arguments, name: arguments[first]}
+            del asked[first]
+            return _Found(node, tuple(views), *found, asked)
+    return reason
+
+
+def _made_by(fold: Fold, read: Node) -> tuple[Mapping[str, Any], tuple[Node, ...]] | Refusal:
+    op = fold.producer
+    if isinstance(op, Op):
+        node = read if op.single else read.args[0] if read.op == "call_function" and read.args else None
+        if not isinstance(node, Node) or node.target is not op.overload:
+            return None
+        given = op.bind(node.args, node.kwargs)
+        if not op.single and (read.target is not getitem or op.outputs(given)[read.args[1]] != fold.output):  # type: ignore[index]
+            return None
+        return given, (node,)
+    val = value(read)
+    reason: Refusal = None
+    for pattern in fold.patterns(val.device.type) if val is not None else ():
+        found = pattern.search(read) if pattern.fits(read) else None
+        if isinstance(found, Attempt) and reason is None and pattern.size == 1:
+            reason = found.reason
+        for match in found if isinstance(found, list) else ():
+            leak = match.leak(())
+            if leak is None:
+                return match.arguments, tuple(sorted(match.interior()))
+            reason = f"{leak[0].name} is also read by {leak[1].name}, outside; the op would compute it twice"
+    return reason
+
+
+def _fold(
+    graph: Graph, fold: Fold, consumer: Node, found: _Found, infer: Inference, disable: frozenset[str], verify: bool
+) -> Refusal:
+    if reason := disabled(fold.name, fold.fused, disable):
+        return reason
+    joined = fold.joined(dict(found.given), dict(found.asked))
+    if isinstance(joined, str):
+        return joined
+    arguments, renamed = joined
+    kept = _kept(fold, consumer, found)
+    flags = fold.fused.options
+    for output in kept:
+        if output not in flags and output not in _producer_names(fold, found):
+            return f"{output} is also read by others, and {fold.fused} cannot return it"
+    arguments |= {flag: output in kept or bool(found.asked.get(flag)) for output, flag in flags.items()}
+    arguments = fold.fused.bind((), {k: v for k, v in arguments.items() if k in fold.fused.signature.parameters})
+
+    # Views that others read stay, and then they read the fused op's output.
+    inside = {consumer, *found.views, *found.nodes, found.read}
+    leaving = {consumer} if any(u not in inside for view in found.views for u in view.users) else inside
+    consumed = _outputs(fold.consumer, consumer)
+    readers = [reader for node in kept.values() for reader in node.users if reader not in leaving]
+    point = min([consumer, *readers])
+    inputs = [a for a in arguments.values() if isinstance(a, Node)]
+    late = [a for a in inputs if not a < point]
+    if late:
+        return f"{late[0].name} is computed after {point.name} reads the {fold.output}"
+    if written := mutated(min(found.nodes), point):
+        return written
+    results = infer(fold.fused, arguments)
+    if isinstance(results, str):
+        return results
+    names = fold.fused.outputs(arguments)
+    by_name = dict(zip(names, results, strict=True))
+    targets = {**kept, **{renamed.get(name, name): node for name, node in consumed.items()}}
+    for output, node in targets.items():
+        if output not in by_name:
+            return f"{fold.fused} does not return {output}"
+        views = _views(found.views, by_name[output], node) if output not in kept else None
+        difference = (
+            views if isinstance(views, str) else differs(views if views is not None else by_name[output], value(node))
+        )
+        if difference is not None:
+            return f"{output}: {difference}"
+    if verify:
+        old = sorted({*found.nodes, found.read, *found.views, consumer, *consumed.values(), *kept.values()})
+        order = [targets[name] for name in names if name in targets]
+        if wrong := check_rewrite(old, order, fold.fused, arguments, [n for n in names if n in targets]):
+            return wrong
+
+    with graph.inserting_before(point):
+        fused = graph.call_function(fold.fused.overload, *fold.fused.call(arguments))
+    own = isinstance(fold.producer, Op)
+    above, below = _site(found.nodes[-1]), _site(consumer)
+    named = above if own else below
+    fused.meta = inherit(found.nodes[-1] if own else consumer, results if not fold.fused.single else results[0])
+    fused.meta["fusionpass"] = Site(
+        (*above.rules, *below.rules, fold.name) if own else (*below.rules, fold.name),
+        named.where,
+        named.source,
+        "; ".join(note for note in dict.fromkeys((above.note if own else "", below.note)) if note),
+    )
+    new = dict(zip(names, [fused] if fold.fused.single else insert_outputs(graph, fused, results), strict=True))
+    for output, node in kept.items():
+        node.replace_all_uses_with(new[output], delete_user_cb=lambda user: user not in leaving)
+    for name, node in consumed.items():
+        node.replace_all_uses_with(_viewed(graph, found.views, new[renamed.get(name, name)], node))
+        erase_unused(graph, node)
+    for node in (*new.values(), consumer, *found.nodes[-1].users, found.nodes[-1]):
+        erase_unused(graph, node)
+    return None
+
+
+def _outputs(op: Op, node: Node) -> dict[str, Node]:
+    """The nodes that stand for each of an op's outputs, by name; those that nobody reads are left out."""
+    if op.single:
+        return {op.outputs(op.bind(node.args, node.kwargs))[0]: node}
+    names = op.outputs(op.bind(node.args, node.kwargs))
+    return {names[i]: item for i, item in outputs_of(node).items()}
+
+
+def _producer_names(fold: Fold, found: _Found) -> tuple[str, ...]:
+    """What the producer returns whether asked for or not."""
+    if not isinstance(fold.producer, Op) or fold.producer.single:
+        return ()
+    names = fold.producer.outputs(found.given)
+    return tuple(name for name in names if name not in fold.producer.options)
+
+
+def _kept(fold: Fold, consumer: Node, found: _Found) -> dict[str, Node]:
+    """The producer's outputs that somebody besides this fold reads, by name."""
+    path = {*found.views, consumer}
+    others = (
+        {fold.output: found.read} if any(u not in path for n in (found.read, *found.views) for u in n.users) else {}
+    )
+    if isinstance(fold.producer, Op) and not fold.producer.single:
+        items = _outputs(fold.producer, found.nodes[-1])
+        others |= {name: item for name, item in items.items() if item is not found.read and item.users}
+    return others
+
+
+def _views(views: tuple[Node, ...], result: torch.Tensor, old: Node) -> torch.Tensor | str:
+    """`result` with the rows grouped as in `old`, itself where they are; or why there is no such view."""
+    expected = value(old)
+    if not views or expected is None or same_shape(result.shape, expected.shape):
+        return result
+    mode: FakeTensorMode = result.fake_mode  # type: ignore[attr-defined]
+    try:
+        with mode:
+            made: torch.Tensor = views[-1].target(result, values(_shape(views, old)))  # type: ignore[operator]
+    except (RuntimeError, ValueError) as error:
+        return f"no view of it has the shape {list(expected.shape)}: {error}"
+    return made
+
+
+def _shape(views: tuple[Node, ...], old: Node) -> list[Any]:
+    # A scale has fewer columns than the codes have.
+    rows: Any = views[-1].args[1]
+    return [*rows[:-1], old.meta["val"].shape[-1]]
+
+
+def _viewed(graph: Graph, views: tuple[Node, ...], new: Node, old: Node) -> Node:
+    val = _views(views, new.meta["val"], old)
+    if val is new.meta["val"]:
+        return new
+    with graph.inserting_before(old):
+        view = graph.call_function(views[-1].target, (new, _shape(views, old)))  # type: ignore[arg-type]
+    view.meta = inherit(views[-1], val)
+    return view

@@ -1,0 +1,165 @@
+"""recognise: spelling → op. No op is made whose inputs, shapes and dtypes are not proven equal."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from ..graphs import differs, erase_unused, inherit, insert_outputs, marks_a_site, mutated, source_line, value, where
+from ..infer import Inference
+from ..match import Attempt, Match, Pattern
+from ..op import Op, Refusal
+from ..report.trace import GraphTrace, Record, Site
+from ..rule import Spelling
+from ..verify import check_rewrite
+
+
+def recognise(
+    graph: Graph,
+    spellings: Iterable[Spelling],
+    trace: GraphTrace,
+    disable: frozenset[str] = frozenset(),
+    verify: bool = False,
+) -> None:
+    """Replace each spelling by its op, in place; record the refused and the missed."""
+    infer, index = Inference(), _index(list(spellings), graph)
+    missed: dict[Node, Record] = {}
+    for anchor in list(graph.nodes):
+        if anchor.op != "call_function" or anchor._erased or anchor.target not in index:
+            continue
+        furthest: tuple[Attempt, Spelling] | None = None
+        candidates: list[tuple[Spelling, list[Match]]] = []
+        for spelling, patterns in index[anchor.target].items():
+            found = _search(spelling, patterns, anchor)
+            if isinstance(found, list):
+                candidates.append((spelling, found))
+            elif found is not None and (furthest is None or found.matched > furthest[0].matched):
+                furthest = found, spelling
+        # What takes most comes first: one row has one scale, and would pass for static; a cast would pass for an input.
+        candidates.sort(key=lambda pair: -max(len(match.interior()) for match in pair[1]))
+        refused: list[Record] = []
+        for spelling, matches in candidates:
+            known = len(refused)
+            note = "; ".join(f"not {record.rule}: {record.reason}" for record in refused)
+            for match in matches:
+                refusal = disabled(spelling.name, spelling.op, disable) or _replace(
+                    graph, spelling, match, matches, infer, verify, note
+                )
+                if refusal is not None:
+                    refused.append(_record(spelling, match.root, refusal))
+            if len(refused) - known < len(matches):
+                # What a longer spelling could not do here is the op's own note now.
+                refused = refused[known:]
+                break
+            if disabled(spelling.name, spelling.op, disable):
+                break
+        else:
+            # The first spelling is the longest: it says best what is in the way.
+            refused = [record for record in refused if record.rule == refused[0].rule]
+            # A mean or an exponential alone is no candidate; half a spelling around it is.
+            if not refused and furthest is not None:
+                attempt, spelling = furthest
+                if marks_a_site(anchor) or 2 * attempt.matched > attempt.total:
+                    at = f" at {attempt.node.name}" if attempt.node is not None else ""
+                    reason = f"matched {attempt.matched} of {attempt.total} nodes, then{at}: {attempt.reason}"
+                    missed[anchor] = _record(spelling, anchor, reason)
+        trace.refused += refused
+    # What a later match took is no miss.
+    trace.missed += [record for anchor, record in missed.items() if not anchor._erased]
+
+
+def disabled(name: str, op: Op, disable: frozenset[str]) -> Refusal:
+    """The reason why a rule or its op may not be used."""
+    found = [n for n in (name, op.name) if n in disable]
+    return f"{found[0]} is disabled by Config.disable" if found else None
+
+
+_Index = dict[Any, dict[Spelling, list[Pattern]]]
+
+
+def _index(spellings: list[Spelling], graph: Graph) -> _Index:
+    """The patterns by what they are anchored at, each spelling's together, for the devices in the graph."""
+    devices = {val.device.type for node in graph.nodes if (val := value(node)) is not None}
+    index: _Index = {}
+    for spelling in spellings:
+        for device in sorted(devices):
+            for pattern in spelling.patterns(device):
+                index.setdefault(pattern.anchor.target, {}).setdefault(spelling, []).append(pattern)
+    return index
+
+
+def _search(spelling: Spelling, patterns: Iterable[Pattern], anchor: Node) -> list[Match] | Attempt | None:
+    furthest: Attempt | None = None
+    matches: dict[tuple[Node, ...], Match] = {}
+    for pattern in patterns:
+        if not pattern.fits(anchor):
+            continue
+        found = pattern.search(anchor)
+        if isinstance(found, list) and spelling.refuse is not None:
+            reasons = {match.outputs: spelling.refuse(match.arguments) for match in found}
+            found = [match for match in found if reasons[match.outputs] is None] or Attempt(
+                pattern.size, pattern.size, anchor, "; ".join(str(reason) for reason in reasons.values())
+            )
+        if isinstance(found, list):
+            # The pattern with the cast comes first; the one without it would take the cast for its input.
+            matches = {match.outputs: match for match in found} | matches
+        elif furthest is None or found.matched > furthest.matched:
+            furthest = found
+    return list(matches.values()) or furthest
+
+
+def _record(spelling: Spelling, anchor: Node, reason: str) -> Record:
+    return Record(spelling.op.name, spelling.name, reason, where(anchor), source_line(anchor))
+
+
+def _replace(
+    graph: Graph,
+    spelling: Spelling,
+    match: Match,
+    together: Iterable[Match],
+    infer: Inference,
+    verify: bool,
+    note: str,
+) -> Refusal:
+    leak = match.leak(together)
+    if leak is not None:
+        return f"{leak[0].name} is also read by {leak[1].name}, outside; the op would compute it twice"
+    op = spelling.op
+    arguments = op.bind((), {**match.arguments, **spelling.constants})
+    results = infer(op, arguments)
+    if isinstance(results, str):
+        return results
+    if len(results) != len(match.outputs):
+        return f"the op would return {len(results)} values, the spelling has {len(match.outputs)}"
+    for result, output in zip(results, match.outputs, strict=True):
+        difference = differs(result, value(output))
+        if difference is not None:
+            return difference
+    interior = match.interior()
+    point = _point(interior, [a for a in arguments.values() if isinstance(a, Node)], match.outputs)
+    if isinstance(point, str):
+        return point
+    if verify and (wrong := check_rewrite(sorted(interior), match.outputs, op, arguments)):
+        return wrong
+    with graph.inserting_before(point):
+        node = graph.call_function(op.overload, *op.call(arguments))
+    site = Site((spelling.name,), where(match.root), source_line(match.root), note)
+    node.meta = inherit(match.root, results[0] if op.single else results, {"fusionpass": site})
+    new = [node] if op.single else insert_outputs(graph, node, results)
+    for old, output in zip(match.outputs, new, strict=True):
+        old.replace_all_uses_with(output)
+    for old in match.outputs:
+        erase_unused(graph, old)
+    return None
+
+
+def _point(interior: set[Node], inputs: list[Node], outputs: Iterable[Node]) -> Node | str:
+    """Where an op can stand for `interior`: behind its inputs, in front of its readers, with no write in between."""
+    point = min(outputs)
+    late = max(inputs)
+    if not late < point:
+        point = late.next
+        readers = [user for output in outputs for user in output.users if user not in interior and user < point]
+        if readers:
+            return f"{late.name} is computed after {readers[0].name} reads the result"
+    return mutated(min(interior), point) or point

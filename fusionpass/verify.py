@@ -1,0 +1,146 @@
+"""verify=True: each rewrite is run beside what it replaces, on random and on awkward numbers, before it is made."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import Node
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .arch import Arch
+from .op import EXACT, OPS, Op, Refusal
+from .testing import difference
+
+
+def check_rewrite(
+    old: Sequence[Node],
+    outputs: Sequence[Node],
+    op: Op,
+    arguments: Mapping[str, Any],
+    names: Sequence[str] = (),
+) -> Refusal:
+    """Whether `op` gives, within its tolerance, what the nodes `old` give; the reason with the first difference if not.
+
+    Args:
+        old: the nodes to be replaced, in order.
+        outputs: those whose values stay in use.
+        op: what replaces them.
+        arguments: the op's arguments, nodes among them.
+        names: which of the op's outputs the values are, in order; default: all of them.
+    """
+    produced = op.outputs(arguments)
+    inputs = dict.fromkeys(a for a in arguments.values() if isinstance(a, Node))
+    outside = dict.fromkeys(n for node in old for n in node.all_input_nodes if n not in set(old))
+    missing = [n for n in outside if n not in inputs]
+    roles = {value: name for name, value in arguments.items() if isinstance(value, Node)}
+
+    def before(values: Mapping[Node, Any]) -> list[torch.Tensor]:
+        env = dict(values)
+        for node in old:
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+            known = OPS.get(node.target)  # type: ignore[call-overload]
+            env[node] = known.reference(*args, **kwargs) if known is not None else node.target(*args, **kwargs)  # type: ignore[operator]
+        return [env[node] for node in outputs]
+
+    def after(values: Mapping[Node, Any]) -> list[torch.Tensor]:
+        results = op.reference(**{k: values[v] if isinstance(v, Node) else v for k, v in arguments.items()})
+        return _chosen(produced, [results] if op.single else results, names)
+
+    shapes = {node: node.meta["val"] for node in (*inputs, *missing)}
+    return _compare(before, after, {n: (roles.get(n, n.name), v) for n, v in shapes.items()}, op, names or produced)
+
+
+def check_launch(op: Op, arguments: Mapping[str, Any], arch: Arch, disable: frozenset[str] = frozenset()) -> Refusal:
+    """Whether the kernel that is planned for these (fake) arguments gives what the op's reference gives."""
+    tensors = {name: (name, v) for name, v in arguments.items() if isinstance(v, torch.Tensor)}
+    names = op.outputs(arguments)
+
+    def before(values: Mapping[str, Any]) -> list[torch.Tensor]:
+        results = op.reference(**{**arguments, **values})
+        return [results] if op.single else list(results)
+
+    def after(values: Mapping[str, Any]) -> list[torch.Tensor]:
+        launch, reason = op.plan(arch, {**arguments, **values}, disable)
+        assert launch is not None, reason
+        return launch.run()
+
+    return _compare(before, after, tensors, op, names)
+
+
+def _compare(
+    before: Callable[[Any], list[torch.Tensor]],
+    after: Callable[[Any], list[torch.Tensor]],
+    inputs: Mapping[Any, tuple[str, Any]],
+    op: Op,
+    names: Sequence[str],
+) -> Refusal:
+    with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
+        for kind, values in _draws(inputs):
+            for name, expected, actual in zip(names, before(values), after(values), strict=True):
+                tolerance = op.tolerance.get(name, EXACT)
+                if expected.shape != actual.shape or expected.dtype != actual.dtype:
+                    wanted = f"{expected.dtype}{list(expected.shape)}"
+                    return f"verify: {name} is {actual.dtype}{list(actual.shape)}, not {wanted}"
+                found = difference(actual, expected, tolerance)
+                if not found.within(tolerance):
+                    share = f"{found.different} of {found.elements} elements, by up to {found.ulp} ulp"
+                    return f"verify: on {kind} inputs {name} differs in {share}"
+    return None
+
+
+def _chosen(produced: Sequence[str], results: Sequence[torch.Tensor], names: Sequence[str]) -> list[torch.Tensor]:
+    by_name = dict(zip(produced, results, strict=True))
+    return [by_name[name] for name in names or produced]
+
+
+def _draws(inputs: Mapping[Any, tuple[str, Any]]) -> Iterator[tuple[str, dict[Any, Any]]]:
+    for seed, (kind, fill) in enumerate(_FILLS.items()):
+        generator = torch.Generator().manual_seed(seed)
+        yield kind, {key: _real(name, fake, fill, generator) for key, (name, fake) in inputs.items()}
+
+
+def _real(name: str, fake: Any, fill: Callable[..., torch.Tensor], generator: torch.Generator) -> Any:
+    """A tensor like `fake`, strides included; scales are positive and weights ordinary whatever the activations are."""
+    if not isinstance(fake, torch.Tensor):
+        return _hint(fake) if isinstance(fake, torch.SymInt) else fake
+    shape, stride = [_hint(s) for s in fake.shape], [_hint(s) for s in fake.stride()]
+    device = fake.device if fake.device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
+    if not fake.is_floating_point():
+        values = torch.randint(0, 2, shape, generator=generator)
+    elif name.startswith("scale") or fake.numel() == 1:
+        values = torch.rand(shape, generator=generator).mul(0.1).add(1e-3)
+    elif name in ("x", "residual", "second", "gate", "up"):
+        values = fill(shape, generator)
+    else:
+        values = _random(shape, generator)
+    real = torch.empty_strided(shape, stride, dtype=fake.dtype, device=device)
+    largest = torch.finfo(fake.dtype).max if fake.is_floating_point() else None
+    return real.copy_(values if largest is None else values.clamp(-largest, largest))
+
+
+def _hint(size: Any) -> int:
+    """The size that was traced with."""
+    hint: Any = size.node.hint if isinstance(size, torch.SymInt) else size
+    return int(hint)
+
+
+def _random(shape: list[int], generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=generator)
+
+
+def _one_hot(shape: list[int], generator: torch.Generator) -> torch.Tensor:
+    values = torch.zeros(shape)
+    if values.numel():
+        rows = values.view(-1, shape[-1])
+        rows[torch.arange(len(rows)), torch.randint(0, shape[-1], (len(rows),), generator=generator)] = 3.0
+    return values
+
+
+_FILLS: dict[str, Callable[[list[int], torch.Generator], torch.Tensor]] = {
+    "random": _random,
+    "zero": lambda shape, _: torch.zeros(shape),
+    "large": lambda shape, generator: _random(shape, generator) * 1e4,
+    "subnormal": lambda shape, generator: _random(shape, generator) * 1e-39,
+    "one-hot": _one_hot,
+}

@@ -1,0 +1,199 @@
+"""The coverage table: that it counts what a model reads, believes no report beyond that, and is not stale."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import fusionpass
+from bench.coverage import Outcome, document, judge, outcomes, unknown
+from bench.sites import Site, sites
+from fusionpass import Record, Report
+from fusionpass.quantize import QuantizedLinear
+from tests.models import LlamaNorm
+
+F = nn.functional
+WIDTH = 64
+
+
+class OddNorm(nn.Module):
+    """A norm that no rule knows."""
+
+    def forward(self, x):
+        return x / x.abs().sum(-1, keepdim=True)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.post, self.odd = LlamaNorm(WIDTH), LlamaNorm(WIDTH), OddNorm()
+        self.q, self.k, self.o, self.gate, self.up, self.down, self.mixed, self.act, self.last, self.raw, self.head = (
+            nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16) for _ in range(11)
+        )
+        self.silu = nn.SiLU()
+
+    def forward(self, x):
+        raw = self.raw(x)
+        h = self.norm(x + raw)
+        q, k = self.q(h.view(-1, WIDTH)).view(x.shape), self.k(h.transpose(0, 1).contiguous()).transpose(0, 1)
+        heads = F.scaled_dot_product_attention(*(t.unflatten(-1, (2, 32)).transpose(1, 2) for t in (q, k, k)))
+        x = x + self.post(self.o(heads.transpose(1, 2).flatten(2)))
+        x = x + self.down(F.silu(self.gate(x)) * self.up(x) * 2)
+        modulated = self.norm(x) * (1 + q[:, :1]) + k[:, :1]
+        return self.last(self.act(self.silu(x)) + self.mixed(modulated)) + self.head(self.odd(x))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Layer()
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def build():
+    torch.manual_seed(0)
+    return Model().eval(), {"x": torch.randn(2, 6, WIDTH).bfloat16()}
+
+
+@pytest.fixture
+def quantised():
+    model, inputs = build()
+    fusionpass.quantize_(model, "fp8_static", [inputs])
+    return model, inputs
+
+
+def test_every_linear_reads_something_of_a_kind(quantised):
+    found = sites(*quantised)
+    named = {
+        tuple(path.removeprefix("layer.") for path in site.linears): (site.kind, site.where, set(site.norms))
+        for site in found
+    }
+    assert named == {
+        ("raw",): ("other", "", set()),
+        ("q", "k"): ("norm", "layer.norm", {"layer.norm"}),
+        ("o",): ("attention", "layer", set()),
+        # The output of a norm was just added to the residual stream.
+        ("gate", "up"): ("sum", "layer", {"layer.post"}),
+        ("down",): ("activation", "layer", set()),
+        ("act",): ("activation", "layer.silu", set()),
+        ("mixed",): ("sum", "layer", {"layer.norm"}),
+        ("last",): ("other", "layer", set()),
+        ("head",): ("norm", "layer.odd", {"layer.odd"}),
+    }
+
+
+def test_counting_leaves_the_model_as_it_was(quantised):
+    model, inputs = quantised
+    with torch.no_grad():
+        before = model(**inputs)
+        sites(model, inputs)
+        assert torch.equal(model(**inputs), before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_only_quantised_linears_count(quantised):
+    model, inputs = quantised
+    model.layer.head = nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16)
+    assert isinstance(model.layer.q, QuantizedLinear)
+    assert not [site for site in sites(model, inputs) if site.where == "layer.odd"]
+
+
+def test_a_hand_made_model_end_to_end():
+    made = outcomes(SimpleNamespace(name="Hand-made", skip=(), build=build), ["fp8_static"])
+    norms = {o.site.where: o for o in made if o.site.kind == "norm"}
+    assert norms["layer.norm"].fused
+    assert not norms["layer.odd"].fused
+    assert [reason for reason in norms["layer.odd"].reasons if reason.startswith("quantize: no rule folds it into")]
+    page = document(made)
+    assert "| Norms that feed a quantised linear | 1 | 0 | 1/2, 50.0 % | 1/2, 50.0 % |" in page
+    assert "| Hand-made | 1/2 |" in page
+
+
+NORM = Site("norm", "layers.0.norm", "LlamaNorm", frozenset({"layers.0.norm"}), ("layers.0.q", "layers.0.k"))
+GATED = Site("activation", "layers.0.mlp", "mul", frozenset(), ("layers.0.mlp.down",))
+
+
+def report(kind: str, **record: str) -> Report:
+    made = Report()
+    getattr(made.new_graph(), kind).append(Record(**{"op": "", "rule": "", "reason": "", "where": ""} | record))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("site", "record", "fused"),
+    [
+        (NORM, {"op": "rms_norm_quantize", "where": "layers.0.norm", "scheme": "fp8_token"}, True),
+        (NORM, {"op": "rms_norm_quantize", "where": "layers.0.norm", "scheme": "fp8_token,rounding=divide"}, True),
+        (NORM, {"op": "rms_norm_quantize", "where": "layers.0.norm", "scheme": "fp8_static"}, False),
+        (NORM, {"op": "rms_norm_quantize", "where": "layers.1.norm", "scheme": "fp8_token"}, False),
+        (NORM, {"op": "rms_norm_quantize", "where": "layers.0", "scheme": "fp8_token"}, False),
+        (NORM, {"op": "rms_norm", "where": "layers.0.norm"}, False),
+        (NORM, {"op": "silu_mul_quantize", "where": "layers.0.norm", "scheme": "fp8_token"}, False),
+        (NORM, {"op": "quantize", "where": "layers.0.q", "scheme": "fp8_token"}, False),
+        (GATED, {"op": "silu_mul_quantize", "where": "layers.0.mlp", "scheme": "fp8_token"}, True),
+        (GATED, {"op": "silu_mul_quantize", "where": "layers.0.mlp.act", "scheme": "fp8_token"}, True),
+        (GATED, {"op": "silu_mul_quantize", "where": "layers.0.mlp2", "scheme": "fp8_token"}, False),
+        (GATED, {"op": "rms_norm_quantize", "where": "layers.0.mlp", "scheme": "fp8_token"}, False),
+    ],
+)
+def test_what_counts_as_fused(site, record, fused):
+    ((found, _),) = judge([site], report("fused", **record), "fp8_token")
+    assert found is fused
+
+
+def test_reasons_are_those_of_the_norm_and_of_its_readers():
+    told = {
+        "fused": {"op": "quantize", "reason": "nothing folds", "where": "layers.0.k"},
+        "missed": {"rule": "norm.llama", "reason": "at getitem_4: no", "where": "layers.0.norm"},
+        "refused": {"rule": "norm.llama", "reason": "too wide", "where": "layers.0.norm"},
+    }
+    expected = ["quantize: nothing folds", "norm.llama missed: at getitem: no", "norm.llama refused: too wide"]
+    for (kind, record), reason in zip(told.items(), expected, strict=True):
+        assert judge([NORM], report(kind, **record), "fp8_token") == [(False, (reason,))]
+        assert judge([NORM], report(kind, **record | {"where": "layers.1"}), "fp8_token") == [(False, ("nothing",))]
+
+
+def test_one_op_accounts_for_one_site():
+    sums = [Site("sum", "layers.0", "add", frozenset({f"layers.0.{name}"}), ()) for name in ("first", "second")]
+    made = report("fused", op="rms_norm_add_quantize", where="layers.0", scheme="fp8_token")
+    assert [fused for fused, _ in judge(sums, made, "fp8_token")] == [True, False]
+    made.graphs[0].fused.append(Record("layer_norm_quantize", "", "", "layers.0.second", scheme="fp8_token"))
+    assert [fused for fused, _ in judge(sums, made, "fp8_token")] == [True, True]
+    assert not unknown(sums, made)
+
+
+def test_a_norm_that_the_count_does_not_know_is_an_error():
+    record = {"op": "rms_norm_quantize", "where": "layers.0.norm"}
+    assert not unknown([NORM], report("fused", **record))
+    assert unknown([GATED], report("fused", **record))
+
+
+def test_the_totals():
+    made = [
+        Outcome(family, scheme, NORM, fused, () if fused else ("why | not",))
+        for family, scheme, fused in [("A", "s", True), ("A", "t", True), ("B", "s", True), ("B", "t", False)]
+    ]
+    page = document(made)
+    title = "Norms that feed a quantised linear"
+    assert f"| {title} | 2 | 1 | 2/2, 100.0 % | 1/2, 50.0 % | 3/4, 75.0 % |" in page
+    assert "| B | 1/1 | 0/1 |" in page
+    assert "| why ¦ not | 1 | t | B |" in page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("diffusers"), reason="diffusers is not installed")
+@pytest.mark.timeout(1800)
+def test_the_page_is_not_stale():
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "bench.coverage", "--check"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if done.stdout.startswith("skipped"):
+        pytest.skip(done.stdout)
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-4000:]
