@@ -32,7 +32,7 @@ class Origin:
         kind: one of `KINDS`, or "softmax".
         where: path of the norm, or of the module that called the operator.
         op: the operator, or the class of the norm or activation.
-        norms: of a sum: the norms whose output went into it.
+        norms: of a norm: it, and those whose output, perhaps in a sum, it reads; of a sum: those that went into it.
     """
 
     kind: str
@@ -73,6 +73,7 @@ class _Origins(TorchDispatchMode):
         super().__init__()
         self.of = WeakTensorKeyDictionary()
         self.stack = [""]
+        self.behind: list[frozenset[str]] = []
         self.read: dict[Origin, dict[str, None]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -122,16 +123,19 @@ def _hooked(model: nn.Module, origins: _Origins) -> Iterator[None]:
 
         def enter(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
             origins.stack.append(path)
+            x = next((t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)), None)
+            read = None if x is None else origins.of.get(x)
+            origins.behind.append(frozenset() if read is None else read.norms)
             if isinstance(module, QuantizedLinear):
-                x = args[0] if args else kwargs["input"]
                 origin = origins.of.setdefault(x, Origin("other", "", "input"))
                 origins.read.setdefault(origin, {})[path] = None
 
         def leave(module: nn.Module, args: Any, out: Any, path: str = path) -> None:
             origins.stack.pop()
+            behind = origins.behind.pop()
             kind = _kind(module)
             if kind is not None and isinstance(out, torch.Tensor):
-                norms = frozenset([path] if kind == "norm" else ())
+                norms = frozenset([path, *behind] if kind == "norm" else ())
                 origins.of[out] = Origin(kind, path, type(module).__name__, norms)
 
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))

@@ -76,7 +76,7 @@ def where(node: Node) -> str:
     if not stack:
         return ""
     path = list(stack.values())[-1][0]
-    path = re.sub(r"^L\['\w+'\]|\._modules|\.__self__|\._call_impl", "", path)
+    path = re.sub(r"^L\['\w+'\]|\.__dict__|\._modules|\.__self__|\._call_impl", "", path)
     return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).strip(".")
 
 

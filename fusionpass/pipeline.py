@@ -33,9 +33,13 @@ def early(config: Config, trace: GraphTrace) -> list[Pass]:
 def late(config: Config, trace: GraphTrace, parameters: frozenset[Node] = frozenset()) -> list[Pass]:
     """After the joint passes, before code generation; `parameters` are the graph's inputs that no kernel writes."""
     folds = [*(rule for rule in config.rules if isinstance(rule, Fold)), *FOLDS]
+
+    def fused(graph: Graph) -> None:
+        fuse(graph, folds, trace, config.disable, config.verify)
+        lay_out(graph)
+
     return [
-        ("fuse", lambda graph: fuse(graph, folds, trace, config.disable, config.verify)),
-        ("layout", lay_out),
+        ("fuse", fused),
         ("lower", lambda graph: lower(graph, trace, config.target, config.disable, parameters, config.verify)),
         *([("keep_reductions", keep_reductions)] if config.numerics == "eager" else []),
         ("cleanup", cleanup),

@@ -147,9 +147,7 @@ FAMILIES = (
     Family("Llama", "llama"),
     Family("Mistral", "mistral", {"sliding_window": None}),
     Family("SmolLM3", "smollm3"),
-    Family("Arcee", "arcee"),
     Family("Qwen2", "qwen2"),
-    Family("Qwen2-MoE", "qwen2_moe", {**_MOE, "shared_expert_intermediate_size": 256}),
     Family("Qwen3", "qwen3", _HEAD),
     Family("Qwen3-MoE", "qwen3_moe", _HEAD | _MOE),
     Family("Qwen3-Next", "qwen3_next", {
@@ -164,7 +162,6 @@ FAMILIES = (
     Family("OLMo2", "olmo2"),
     Family("OLMo3", "olmo3"),
     Family("OLMoE", "olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
-    Family("Mixtral", "mixtral", {"num_local_experts": 4}),
     Family("MiniMax-M2", "minimax_m2", {**_HEAD, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 32}),
     Family("Gemma", "gemma", _HEAD),
     Family("Gemma2", "gemma2", _HEAD),
@@ -185,7 +182,6 @@ FAMILIES = (
     }),
     Family("Nemotron", "nemotron"),
     Family("StableLM", "stablelm"),
-    Family("Starcoder2", "starcoder2"),
     Family("Helium", "helium", _HEAD),
     Family("Flux", "FluxTransformer2DModel", {
         "in_channels": 64, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 64, "num_attention_heads": 4,

@@ -9,8 +9,7 @@ import copy
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from operator import getitem
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fusionpass.errors import FusionpassError
 from fusionpass.rule import Spelling
 from fusionpass.rules import SPELLINGS
+from tests.growths import ADDS, DETOURS, MUTATIONS, READERS, REFUSED, VARIANTS, VIEWS, Grown, namespace
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUANTISERS = tuple(s for s in SPELLINGS if s.op.name == "quantize")
@@ -29,83 +29,8 @@ STATIC = tuple(s for s in QUANTISERS if "fp8_static" in s.constants["scheme"])
 PRODUCERS = tuple(s for s in SPELLINGS if s not in QUANTISERS)
 COMMUTATIVE = (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)
 
-ADDS = (
-    "{v} + {u}", "{u} + {v}", "{v} + {u} + {u}", "torch.add({v}, {u}, alpha=2)", "{v} * 0.5 + {u}", "{v} + {v}",
-    "{v} + 1", "{v} + {u} * 2", "{u} * 0.22 + {v}", "({u} + {u}) + {v}",
-)  # fmt: skip
-READERS = (
-    "{v}.square()", "{v}.float().pow(2)", "{v}.mean(-1, keepdim=True)", "{v}.float().mean(-1, keepdim=True)",
-    "{v}.abs().rsqrt()", "{v}.float()", "{v}.to(torch.float16)", "{v} * {v}", "{v} * {u}", "{v} + {u}", "{v}.sum()",
-    "{v}.float() + 1", "{v}.view(torch.uint8)", "{v}.amax(-1)", "torch.nn.functional.silu({v})", "{v} == {v}",
-)  # fmt: skip
-VIEWS = (
-    "{v}.view(-1, {v}.shape[-1])", "{v}.reshape(-1)", "{v}.reshape(1, *{v}.shape)", "{v}.transpose(0, -1)", "{v}[:1]",
-    "{v}[..., 1:]", "{v}[..., ::2]", "{v}.unsqueeze(0)", "{v}.expand(2, *{v}.shape)", "{v}.select(0, 0)", "{v}[:0]",
-    "{v}.detach()", "{v}.view_as({v})", "{v}.flatten()", "{v}.unflatten(-1, (1, -1))", "{v}.t()", "{v}.squeeze()",
-)  # fmt: skip
-DETOURS = (
-    "{v}.float().to({v}.dtype)", "{v}.to(torch.bfloat16).to({v}.dtype)", "{v}.view(-1, {v}.shape[-1]).view({v}.shape)",
-    "{v}.transpose(0, -1).transpose(0, -1)", "{v}.transpose(0, -1).contiguous().transpose(0, -1)", "{v}.contiguous()",
-    "{v}.clone()", "{v}[...]", "{v}.expand_as({v})", "{v}.view_as({v})", "{v}.detach()", "{v} + 0", "{v} * 1",
-    "{v}.reshape({v}.shape)", "{v}.unsqueeze(0).squeeze(0)",
-)  # fmt: skip
-MUTATIONS = (
-    "{v}.add_(1)", "{v}.mul_(2)", "{v}.neg_()", "{v}.copy_({u})", "{v}.add_({u})", "{v}[..., :1].copy_({v}[..., -1:])",
-    "{v}[:1].zero_()", "{v}.view(-1)[:1].fill_(3)", "{v}.transpose(0, -1)[:1].mul_(-1)",
-)  # fmt: skip
 WIDTHS = (8, 33, 1, 16, 64, 256)
 EPS = (1e-6, 1e-5, 0.0, 0.1, 30.0)
-VARIANTS = (
-    "{v}.to(torch.bfloat16)", "{v}.to(torch.float16)", "{v}.to(torch.float32)", "{v}[:1]", "{v}[..., :1]", "{v}[None]",
-    "torch.cat([{v}, {v}], -1)[..., :{v}.shape[-1]]", "torch.stack([{v}, {v}], -1)[..., 0]", "{v}[:1].expand_as({v})",
-    "{v}.transpose(0, -1).contiguous().transpose(0, -1)", "{v}.expand(8).clone()", "{v}[0]", "{v}.to(torch.float64)",
-)  # fmt: skip
-REFUSED = (RuntimeError, IndexError, ValueError, TypeError)
-"""What eager mode raises for a line that makes no sense."""
-
-
-@dataclass
-class Grown:
-    """A function as text, and the inputs to call it with.
-
-    Attributes:
-        inputs: name → tensor; several may share memory.
-        lines: its statements.
-        results: the names that it returns.
-    """
-
-    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
-    results: list[str] = field(default_factory=list)
-
-    @property
-    def source(self) -> str:
-        """The function as one would write it in a test."""
-        body = [*self.lines, f"return {', '.join(self.results)},"]
-        return "\n".join([f"def grown({', '.join(self.inputs)}):", *(f"    {line}" for line in body)])
-
-    @property
-    def function(self) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """The function itself."""
-        namespace = _namespace()
-        exec(self.source, namespace)
-        function: Callable[..., tuple[torch.Tensor, ...]] = namespace["grown"]
-        return function
-
-    def arguments(self) -> list[torch.Tensor]:
-        """Fresh inputs; those that share memory share it again."""
-        return copy.deepcopy(list(self.inputs.values()))
-
-    def __repr__(self) -> str:
-        types = [f"# {k}: {v.dtype}{list(v.shape)} strides {v.stride()}" for k, v in self.inputs.items()]
-        return "\n".join(["", *types, self.source])
-
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(repr(self))
-
-
-def _namespace() -> dict[str, Any]:
-    return {"torch": torch, "aten": torch.ops.aten, "device": torch.device, "inf": float("inf"), "nan": float("nan")}
 
 
 @st.composite
@@ -120,12 +45,12 @@ class _Gardener:
     def __init__(self, draw: st.DrawFn) -> None:
         self.draw = draw
         self.grown = Grown()
-        self.env: dict[str, Any] = _namespace()
+        self.env: dict[str, Any] = namespace()
         self.values: list[str] = []
         self.roots: list[str] = []
         self.random = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
         # Many programs are clean in one respect or another: where everything is odd, nothing fuses.
-        self.density = self.pick([0, 0, 1, 1, 2])
+        self.density = self.pick([0, 0, 0, 1, 1, 2])
         self.odd, self.mutates, self.nearly = self.chance(5), self.chance(6), self.chance(2)
 
     def pick(self, options: Sequence[Any]) -> Any:
@@ -141,7 +66,10 @@ class _Gardener:
         with torch.no_grad():
             x = torch.randn(shape if self.chance(6) else (2, *shape), generator=self.random)
             self.start = self.input("x", (x * self.pick([1, 30, 1e-3])).to(self.pick(DTYPES)))
-            sites = [self.site(first), *(self.site(self.pick(SPELLINGS)) for _ in range(self.pick([0, 0, 0, 1, 2])))]
+            sites = [
+                self.site(first),
+                *(self.site(self.pick([*PRODUCERS, *STATIC])) for _ in range(self.pick([0, 0, 0, 1, 2]))),
+            ]
             for _ in self.interleaved(sites) if self.chance(4) else itertools.chain(*sites):
                 self.around()
             self.around()
@@ -166,8 +94,8 @@ class _Gardener:
             value = self.detour(made) if made is not None and self.density and self.chance(2) else made
         if value is None or (spelling not in QUANTISERS and self.chance(3)):
             return
-        first = spelling if spelling in QUANTISERS else self.pick(QUANTISERS)
-        # Only static scales fold together, and only they are short.
+        first = spelling if spelling in QUANTISERS else self.pick([*STATIC, self.pick(QUANTISERS)])
+        # Only static scales fold together, and only their spellings are short.
         more = self.pick([0, 0, 0, 1, 4]) if first in STATIC else self.pick([0, 0, 0, 1])
         rules = [first, *(self.pick([first, *STATIC]) for _ in range(more))]
         yield from self.interleaved([self.spelled(rule, value) for rule in rules])
@@ -255,11 +183,11 @@ class _Gardener:
     def input(self, role: str, tensor: torch.Tensor) -> str:
         """A new input; in an odd program perhaps in another shape, dtype or layout, with zeros, inf or NaN."""
         name = role if role not in self.env else f"{role}{len(self.grown.inputs)}"
-        if self.odd and tensor.numel() and self.chance(3):
+        if self.odd and tensor.is_floating_point() and tensor.numel() and self.chance(3):
             tensor.reshape(-1)[:: self.pick([1, 5, 7])] = self.pick([0.0, -0.0, math.inf, math.nan, 6e4])
         if self.odd and self.chance(4):
             with contextlib.suppress(*REFUSED):
-                tensor = eval(self.pick(VARIANTS).format(v="v"), {**_namespace(), "v": tensor})
+                tensor = eval(self.pick(VARIANTS).format(v="v"), {**namespace(), "v": tensor})
         self.grown.inputs[name] = tensor
         self.env[name] = copy.deepcopy(tensor)
         self.values.append(name)

@@ -33,6 +33,8 @@ RUNS = [(torch.bfloat16, (5, 256)), (torch.float16, (5, 256)), (torch.float32, (
 """256 is a width that every scheme takes; an odd one is for those that take it."""
 ALL = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 """Else each pair of op and scheme is compiled in one of the dtypes: every third, since C++ takes its time."""
+APPROXIMATE = ("gelu", "layer_norm")
+"""Inductor's C++ has an error function and a hyperbolic tangent of its own, and no layer norm in one kernel as ATen."""
 Case = tuple[Op, dict[str, Any], dict[str, str]]
 """An op, its arguments that are no tensors, and which input each of its tensors is."""
 
@@ -89,11 +91,11 @@ def assert_agrees(case: Case, output: str, eager: torch.Tensor, compiled: torch.
     op, numbers, _ = case
     assert (eager.dtype, eager.shape) == (compiled.dtype, compiled.shape)
     if not EXACT and output != "residual":
-        # Roundings that 2.11's C++ leaves out move a static scheme's codes by a step, and computed scales at will.
-        if output == "q" and numbers.get("scheme") == "fp8_static":
+        # Roundings that 2.11's C++ leaves out move a static scheme's codes by a step; a computed scale,
+        # or a layer norm's bias of the other sign, makes more of it.
+        if output == "q" and numbers.get("scheme") == "fp8_static" and "layer_norm" not in op.name:
             assert ulp_distance(eager, compiled).max() <= 1
-    elif "gelu" in op.name:
-        # Inductor's C++ has an error function and a hyperbolic tangent of its own.
+    elif any(name in op.name for name in APPROXIMATE):
         tolerance = op.tolerance[output]
         found = difference(compiled, eager, tolerance)
         packed = output == "q" and eager.dtype == torch.uint8  # two codes a byte

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule
@@ -24,7 +23,8 @@ from fusionpass.report.show import show
 from fusionpass.report.trace import GraphTrace
 from fusionpass.rule import Spelling
 from fusionpass.rules import SPELLINGS
-from tests.grown import Grown, programs
+from tests.grown import programs
+from tests.growths import Grown
 
 EXAMPLES = max(1, settings.default.max_examples // len(SPELLINGS))
 DECOMPOSITIONS = select_decomp_table()
@@ -47,16 +47,16 @@ class Rewritten:
         self.trace = GraphTrace(0)
         self.stages: dict[str, GraphModule] = {}
         self.stage = "traced"
-        self.reached = False
+        self.ours = False
         self.compiled: Function = aot_function(
             function, self._compile, decompositions=DECOMPOSITIONS, keep_inference_input_mutations=True
         )
         try:
             self("traced", copy.deepcopy(inputs))
         except Exception as error:
-            if not self.reached:
-                raise UntraceableError from error
-            raise
+            if self.ours:
+                raise
+            raise UntraceableError from error
 
     def __call__(self, stage: str, inputs: Sequence[torch.Tensor]) -> Any:
         self.stage = stage
@@ -68,7 +68,7 @@ class Rewritten:
             return self.stages[self.stage](*args)
 
     def _compile(self, gm: GraphModule, _: Any) -> Function:
-        self.reached = True
+        self.ours = True
         config = Config()
         passes = [*pipeline.early(config, self.trace), *pipeline.late(config, self.trace)]
         middle = [name for name, _ in passes].index("lower")
@@ -81,6 +81,7 @@ class Rewritten:
             made.lint()
             ast.parse(show(made))
             self.stages[name] = GraphModule(gm, made)
+        self.ours = False
         return make_boxed_func(self._run)
 
 
@@ -141,25 +142,52 @@ def check(function: Function, inputs: Sequence[torch.Tensor]) -> tuple[Rewritten
         return rewritten, run(lambda args: function(*args)) == expected
 
 
-def rules(rewritten: Rewritten) -> set[str]:
-    return {name for record in rewritten.trace.fused for name in record.rules}
+SEEN: collections.Counter[str] = collections.Counter()
+"""What this process has run of the programs below."""
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda spelling: spelling.name)
 def test_no_bit_changes(spelling: Spelling) -> None:
-    seen: collections.Counter[str] = collections.Counter()
-
     @settings(max_examples=EXAMPLES)
-    @given(st.data())
-    def examples(data: st.DataObject) -> None:
-        program: Grown = data.draw(programs(spelling))
+    @given(programs(spelling))
+    def examples(program: Grown) -> None:
         try:
             rewritten, as_eager = check(program.function, program.arguments())
         except UntraceableError:
-            seen["untraceable"] += 1
+            SEEN["untraceable"] += 1
             return
-        seen.update(all=1, eager=as_eager, fused=bool(rewritten.trace.fused), own=spelling.name in rules(rewritten))
-        seen.update({r.op for r in rewritten.trace.fused})
+        SEEN.update(traced=1, eager=as_eager, fused=bool(rewritten.trace.fused))
+        SEEN.update({record.op for record in rewritten.trace.fused})
 
     examples()
-    print(spelling.name, dict(seen))
+
+
+def test_the_programs_are_worth_running() -> None:
+    if SEEN["traced"] < 300:
+        pytest.skip("too few programs ran in this process")
+    assert SEEN["untraceable"] < 0.05 * SEEN["traced"]
+    # Measured: 0.71 to 0.76 have an op in them; the traced graph of 0.88 to 0.92 rounds exactly as eager mode does.
+    assert SEEN["fused"] > 0.55 * SEEN["traced"]
+    assert SEEN["eager"] > 0.75 * SEEN["traced"]
+    unseen = {spelling.op.name for spelling in SPELLINGS} - set(SEEN)
+    assert not unseen, f"never fused: {unseen}"
+
+
+def test_two_matches_of_one_norm_make_one_op() -> None:
+    def function(x: torch.Tensor, weight: torch.Tensor) -> Any:
+        return (torch.ops.aten.native_layer_norm(x, [8], weight.float(), None, 1e-6)[0],)
+
+    # With and without the cast of its result, this is a layer norm.
+    rewritten, _ = check(function, [torch.randn(2, 8).half(), torch.randn(8).bfloat16()])
+    assert [record.op for record in rewritten.trace.fused] == ["layer_norm"]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_result_keeps_its_strides(swapped: bool) -> None:
+    def function(gate: torch.Tensor, up: torch.Tensor) -> Any:
+        activation = torch.nn.functional.silu(gate)
+        return (up * activation if swapped else activation * up,)
+
+    # A result is laid out as the first operand.
+    rewritten, _ = check(function, [torch.randn(8, 3).t(), torch.randn(3, 8)])
+    assert rewritten.trace.fused or rewritten.trace.refused

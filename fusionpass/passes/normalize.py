@@ -139,9 +139,9 @@ def _literal(node: Node) -> None:
     constant = getattr(module, source.target, None) if source.op == "get_attr" else None
     if not isinstance(constant, torch.Tensor) or constant.dim() != 0 or val is None:
         return
-    layout = {"dtype": val.dtype, "layout": torch.strided, "device": val.device, "pin_memory": False}
     with unset_fake_temporarily():
-        node.target, node.args, node.kwargs = aten.full.default, ([], constant.item()), layout
+        node.target, node.args = aten.full.default, ([], constant.item())
+    node.kwargs = {"dtype": val.dtype, "layout": torch.strided, "device": val.device, "pin_memory": False}
 
 
 def _promoted(node: Node, index: int, make: _Make) -> Any:

@@ -24,6 +24,7 @@ def recognise(
     """Replace each spelling by its op, in place; record the refused and the missed."""
     infer, index = Inference(), _index(list(spellings), graph)
     missed: dict[Node, Record] = {}
+    shared: dict[Spelling, list[tuple[Match, Record]]] = {}
     for anchor in list(graph.nodes):
         if anchor.op != "call_function" or anchor._erased or anchor.target not in index:
             continue
@@ -38,6 +39,7 @@ def recognise(
         # What takes most comes first: one row has one scale, and would pass for static; a cast would pass for an input.
         candidates.sort(key=lambda pair: -max(len(match.interior()) for match in pair[1]))
         refused: list[Record] = []
+        fused = False
         for spelling, matches in candidates:
             known = len(refused)
             note = "; ".join(f"not {record.rule}: {record.reason}" for record in refused)
@@ -47,13 +49,13 @@ def recognise(
                 )
                 if refusal is not None:
                     refused.append(_record(spelling, match.root, refusal))
+                    shared.setdefault(spelling, []).append((match, refused[-1]))
             if len(refused) - known < len(matches):
                 # What a longer spelling could not do here is the op's own note now.
-                refused = refused[known:]
+                refused, fused = refused[known:], True
+            if fused or disabled(spelling.name, spelling.op, disable):
                 break
-            if disabled(spelling.name, spelling.op, disable):
-                break
-        else:
+        if not fused:
             # The first spelling is the longest: it says best what is in the way.
             refused = [record for record in refused if record.rule == refused[0].rule]
             # A mean or an exponential alone is no candidate; half a spelling around it is.
@@ -64,6 +66,15 @@ def recognise(
                     reason = f"matched {attempt.matched} of {attempt.total} nodes, then{at}: {attempt.reason}"
                     missed[anchor] = _record(spelling, anchor, reason)
         trace.refused += refused
+    for spelling, waiting in shared.items():
+        # Nor may what two of them share keep both: two static scales of one tensor have its maxima in common.
+        together = [match for match, _ in waiting if not any(node._erased for node in match.interior())]
+        for match, record in waiting if len(together) > 1 else ():
+            if match in together and record in trace.refused:
+                refusal = disabled(spelling.name, spelling.op, disable) or _replace(
+                    graph, spelling, match, together, infer, verify, ""
+                )
+                trace.refused = [r for r in trace.refused if r is not record or refusal is not None]
     # What a later match took is no miss.
     trace.missed += [record for anchor, record in missed.items() if not anchor._erased]
 

@@ -12,7 +12,7 @@ from ..rule import Spelling
 try:
     from torch._higher_order_ops.inline_asm_elementwise import inline_asm_elementwise
 except ImportError:  # before torch 2.12
-    inline_asm_elementwise = None
+    inline_asm_elementwise = None  # type: ignore[assignment]
 
 E4M3 = torch.float8_e4m3fn
 
@@ -89,7 +89,7 @@ def _torchao_nvfp4(x: torch.Tensor, scale: torch.Tensor) -> Any:
 
 
 def _e2m1(y: torch.Tensor) -> torch.Tensor:
-    """Codes from the bits of float32: below 1 an addition rounds, above it half a step less an ulp, plus the odd bit."""
+    """Codes from the bits of float32: below 1 an addition rounds, above it half a step less an ulp and the odd bit."""
     bits = y.view(torch.int32)
     sign = bits & 0x80000000
     magnitude = (bits ^ sign).view(torch.float32)
