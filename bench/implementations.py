@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusionpass.arch import Arch
 from fusionpass.launch import Empty, Launch
 from fusionpass.op import Op
+from fusionpass.ops.quant import sample_scale
 
 Call = Callable[[int], list[torch.Tensor]]
 Arguments = Mapping[str, Any]
@@ -53,8 +55,15 @@ def eager(op: Op, sets: list[Arguments], arch: Arch) -> Call:
 def inductor(op: Op, sets: list[Arguments], arch: Arch, pdl: bool = False) -> Call:
     torch._dynamo.reset()
     options = {"triton.enable_pdl": True} if pdl else {}
-    compiled = torch.compile(op.reference, fullgraph=True, dynamic=False, options=options)
-    return lambda i: _listed(op, compiled(**sets[i]))
+    names = [name for name, value in sets[0].items() if isinstance(value, torch.Tensor)]
+
+    def reference(*tensors: torch.Tensor) -> Any:
+        return op.reference(**{**sets[0], **dict(zip(names, tensors, strict=True))})
+
+    # As operators: the references of derived ops bind their arguments by name, which Dynamo need not understand.
+    traced = make_fx(reference)(*(sets[0][name] for name in names))
+    compiled = torch.compile(traced, fullgraph=True, dynamic=False, options=options)
+    return lambda i: _listed(op, compiled(*(sets[i][name] for name in names)))
 
 
 def copy(op: Op, sets: list[Arguments], arch: Arch) -> Call:
@@ -82,10 +91,14 @@ def bytes_moved(op: Op, arguments: Arguments) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def argument_sets(op: Op, tokens: int, width: int, dtype: torch.dtype, count: int) -> list[Arguments]:
+def argument_sets(
+    op: Op, tokens: int, width: int, dtype: torch.dtype, count: int, scheme: str | None = None
+) -> list[Arguments]:
     """`count` sets of arguments whose activations are all their own; weights and scales are shared."""
     generator = torch.Generator("cuda").manual_seed(tokens * width)
     first = op.bind((), op.sample(tokens, width, dtype, "cuda", generator))
+    if scheme is not None and "scheme" in first:
+        first |= {"scheme": scheme, "scale": sample_scale(scheme, "cuda")}
     others = [{k: v.clone() if _is_activation(v) else v for k, v in first.items()} for _ in range(count - 1)]
     return [first, *others]
 

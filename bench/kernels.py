@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from fusionpass.arch import Arch
 from fusionpass.op import OPS, Op
+from fusionpass.ops.quant import Scheme, dequantize
 from fusionpass.testing import exact, relative_error
 
 from .implementations import IMPLEMENTATIONS, Arguments, Call, argument_sets, bytes_moved
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("--op", nargs="+", choices=[*timed, "all"], default=["add_rms_norm_quantize"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 64, 1024, 8192])
     parser.add_argument("--hidden", nargs="+", type=int, default=[576, 2048, 4096, 8192])
+    parser.add_argument("--scheme", nargs="+", default=["fp8_static"], help="for the ops that quantise")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--regime", choices=["warm", "cold", "both"], default="both", help="cold where big enough")
     parser.add_argument("--out", type=Path, help="folder; default bench/results/<device>")
@@ -39,37 +42,43 @@ def main() -> None:
     warm_up()
     out: Path = options.out or ROOT / "bench" / "results" / device_slug()
     out.mkdir(parents=True, exist_ok=True)
-    names = list(timed) if "all" in options.op else options.op
+    chosen = list(timed) if "all" in options.op else options.op
+    quantising = {name for name in chosen if "scheme" in timed[name].signature.parameters}
+    names = [(name, s) for name in chosen for s in (options.scheme if name in quantising else [None])]
     sizes = [(tokens, hidden) for hidden in options.hidden for tokens in options.tokens]
     console = Console()
     with Progress(console=console) as progress:
         bar = progress.add_task("", total=len(names) * len(sizes))
-        for name in names:
+        for name, scheme in names:
+            title = " ".join(part for part in (name, scheme) if part)
             cells: list[dict[str, Any]] = []
             for tokens, hidden in sizes:
-                progress.update(bar, description=f"{name} {tokens} × {hidden}")
-                cells += measure(timed[name], tokens, hidden, getattr(torch, options.dtype), options.regime)
+                progress.update(bar, description=f"{title} {tokens} × {hidden}")
+                cells += measure(timed[name], tokens, hidden, getattr(torch, options.dtype), options.regime, scheme)
                 progress.advance(bar)
-            record = {**facts(options.commit), "op": name, "dtype": options.dtype, "cells": cells}
-            (out / f"{name}-{options.dtype}.json").write_text(json.dumps(record, indent=1) + "\n")
+            record = {**facts(options.commit), "op": name, "scheme": scheme, "dtype": options.dtype, "cells": cells}
+            file = "-".join(re.sub(r"\W+", "_", part) for part in (name, scheme or "", options.dtype) if part)
+            (out / f"{file}.json").write_text(json.dumps(record, indent=1) + "\n")
             console.print(table(record))
             console.print(verdict(cells))
 
 
-def measure(op: Op, tokens: int, hidden: int, dtype: torch.dtype, regime: str) -> list[dict[str, Any]]:
+def measure(
+    op: Op, tokens: int, hidden: int, dtype: torch.dtype, regime: str, scheme: str | None = None
+) -> list[dict[str, Any]]:
     """The cells of one size: warm on one set of buffers, cold on sets rotated past three times the L2.
 
     Raises:
         AssertionError: an implementation's output is further from float64 than twice what the reference's is.
     """
     arch = Arch.of(torch.device("cuda"))
-    moved = bytes_moved(op, argument_sets(op, tokens, hidden, dtype, 1)[0])
+    moved = bytes_moved(op, argument_sets(op, tokens, hidden, dtype, 1, scheme)[0])
     cold = cold_sets(moved, torch.cuda.get_device_properties(0).L2_cache_size)
     regimes = {"warm": 1, "cold": cold}
     chosen = {k: v for k, v in regimes.items() if v is not None and regime in (k, "both")}
     if not chosen:
         return []
-    sets = argument_sets(op, tokens, hidden, dtype, max(chosen.values()))
+    sets = argument_sets(op, tokens, hidden, dtype, max(chosen.values()), scheme)
     calls = {name: call for name, make in IMPLEMENTATIONS.items() if (call := make(op, sets, arch)) is not None}
     errors = {name: _checked(op, sets[0], name, call) for name, call in calls.items() if name != "copy"}
     cells = []
@@ -89,11 +98,17 @@ def measure(op: Op, tokens: int, hidden: int, dtype: torch.dtype, regime: str) -
 
 
 def _checked(op: Op, arguments: Arguments, name: str, call: Call) -> float:
-    oracle = exact(op, arguments)
     reference = op.reference(**arguments)
-    outputs = call(0)
+    outputs, wanted, oracle = call(0), [reference] if op.single else reference, exact(op, arguments)
+    kind = Scheme.parse(arguments["scheme"]) if "scheme" in arguments else None
+    if kind is not None and kind.returns_scale:
+        # A code means nothing without its scale: both against what was to be quantised.
+        given, count = arguments.get("scale"), len(wanted) - 2
+        truth = exact(op, {**arguments, "scheme": "fp8_static", "scale": torch.ones((), device="cuda")})[0]
+        outputs, wanted = ([dequantize(*results[:2], kind, given), *results[2:]] for results in (outputs, wanted))
+        oracle = [truth, *oracle[-count:]] if count else [truth]
     worst = 0.0
-    for output, want, truth in zip(outputs, [reference] if op.single else reference, oracle, strict=True):
+    for output, want, truth in zip(outputs, wanted, oracle, strict=True):
         error, allowed = relative_error(output, truth), 2 * relative_error(want, truth) + 1e-6
         assert error <= allowed, f"{name} of {op.name}: {error:.2e} from float64, more than {allowed:.2e}"
         worst = max(worst, error)
@@ -101,9 +116,8 @@ def _checked(op: Op, arguments: Arguments, name: str, call: Call) -> float:
 
 
 def table(record: dict[str, Any]) -> Table:
-    made = Table(
-        title=f"{record['op']}, {record['dtype']}, {record['device']}, torch {record['torch']}: µs (ratio to ours)"
-    )
+    what = f"{record['op']}, {record['scheme'] or 'not quantised'}, {record['dtype']}"
+    made = Table(title=f"{what}, {record['device']}, torch {record['torch']}: µs (ratio to ours)")
     for column in ("tokens × hidden", "regime", *IMPLEMENTATIONS):
         made.add_column(column, justify="right")
     for cell in record["cells"]:

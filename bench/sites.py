@@ -1,8 +1,10 @@
 """What the quantised linears of a model read, found by running it: no graph, rule or report has a say."""
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from fusionpass.quantize import QuantizedLinear
 
 KINDS = ("norm", "sum", "activation", "attention", "other")
 
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 _MOVES = {
     "view", "_unsafe_view", "reshape", "transpose", "permute", "t", "expand", "slice", "select", "split",
     "split_with_sizes", "unsqueeze", "squeeze", "clone", "contiguous", "alias", "detach", "_to_copy", "unbind",
@@ -33,12 +36,14 @@ class Origin:
         where: path of the norm, or of the module that called the operator.
         op: the operator, or the class of the norm or activation.
         norms: of a norm: it, and those whose output, perhaps in a sum, it reads; of a sum: those that went into it.
+        places: (module path, "file:line") of the last operator of the computation and of the views and casts behind it.
     """
 
     kind: str
     where: str
     op: str
     norms: frozenset[str] = frozenset()
+    places: set[tuple[str, str]] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Site:
     op: str
     norms: frozenset[str]
     linears: tuple[str, ...]
+    places: frozenset[tuple[str, str]] = frozenset()
 
 
 def sites(model: nn.Module, inputs: dict[str, Any]) -> list[Site]:
@@ -63,7 +69,7 @@ def sites(model: nn.Module, inputs: dict[str, Any]) -> list[Site]:
     with torch.no_grad(), _hooked(model, origins), origins:
         model(**inputs)
     return [
-        Site(origin.kind, origin.where, origin.op, origin.norms, tuple(readers))
+        Site(origin.kind, origin.where, origin.op, origin.norms, tuple(readers), frozenset(origin.places))
         for origin, readers in origins.read.items()
     ]
 
@@ -74,6 +80,8 @@ class _Origins(TorchDispatchMode):
         self.of = WeakTensorKeyDictionary()
         self.stack = [""]
         self.behind: list[frozenset[str]] = []
+        # The same activation of the same tensor, in several modules, is one site: it need run only once.
+        self.activated = WeakTensorKeyDictionary()
         self.read: dict[Origin, dict[str, None]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -82,6 +90,8 @@ class _Origins(TorchDispatchMode):
         written = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         name = func.overloadpacket.__name__
         origin = self._origin(name, torch.Tag.pointwise in func.tags, read, written)
+        if origin is not None:
+            origin.places.add((self.stack[-1], _line()))
         for t in written:
             self.of[t] = origin
         return out
@@ -136,7 +146,12 @@ def _hooked(model: nn.Module, origins: _Origins) -> Iterator[None]:
             kind = _kind(module)
             if kind is not None and isinstance(out, torch.Tensor):
                 norms = frozenset([path, *behind] if kind == "norm" else ())
-                origins.of[out] = Origin(kind, path, type(module).__name__, norms)
+                inside = origins.of.get(out)
+                places = {(path, "")} if inside is None else set(inside.places)
+                origin = Origin(kind, path, type(module).__name__, norms, places)
+                if kind == "activation" and args and not any(True for _ in module.parameters()):
+                    origin = origins.activated.setdefault(args[0], {}).setdefault(repr(module), origin)
+                origins.of[out] = origin
 
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(leave))
@@ -145,6 +160,14 @@ def _hooked(model: nn.Module, origins: _Origins) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _line() -> str:
+    """ "file:line" of the innermost frame that is neither torch's nor this file's."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_TORCH, __file__)):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def _kind(module: nn.Module) -> str | None:

@@ -76,7 +76,7 @@ def where(node: Node) -> str:
     if not stack:
         return ""
     path = list(stack.values())[-1][0]
-    path = re.sub(r"^L\['\w+'\]|\.__dict__|\._modules|\.__self__|\._call_impl", "", path)
+    path = re.sub(r"^L\['\w+'\]|\.__dict__\['_modules'\]|\._modules|\.__self__|\._call_impl", "", path)
     return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).strip(".")
 
 
@@ -134,8 +134,11 @@ def inherit(node: Node, val: Any, extra: Mapping[str, Any] | None = None) -> dic
 
 
 def differs(new: torch.Tensor, old: torch.Tensor | None) -> str | None:
-    """The reason why `new` cannot stand for `old`; None: shape and dtype are the same."""
+    """The reason why `new` cannot stand for `old`; None: shape, dtype and strides are the same."""
     if old is None or new.dtype != old.dtype or not same_shape(new.shape, old.shape):
         expected = f"{old.dtype}{list(old.shape)}" if old is not None else "no tensor"
         return f"the op would return {new.dtype}{list(new.shape)}, the graph has {expected}"
+    steps = zip(new.shape, new.stride(), old.stride(), strict=True)
+    if any(not statically_known_true(a == b) and not statically_known_true(size == 1) for size, a, b in steps):
+        return f"the op would return strides {tuple(new.stride())}, the graph has {tuple(old.stride())}"
     return None

@@ -12,7 +12,7 @@ from .graphs import CAST, COMMUTATIVE, VIEWS, aten, same_number, value
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Match:
     """A spelling found in a graph.
 
@@ -87,10 +87,11 @@ class Pattern:
     Args:
         graph: normalised; its outputs are the op's.
         names: the parameter name of each placeholder, in order.
-        scalars: parameter name → the number that stands for it in the graph.
+        scalars: parameter name → the number that stands for it in the graph; an int stands for a size.
         half: the dtype that stands for bfloat16 or float16.
         anchor: where a search starts.
-        shapes: the arguments, by node and position, that are sizes: None where the size depends on the input's.
+        shapes: the arguments, by node and position, that are sizes: None where the size depends on the input's, a name
+            where it is that parameter.
     """
 
     graph: Graph
@@ -98,7 +99,7 @@ class Pattern:
     scalars: Mapping[str, float]
     half: torch.dtype
     anchor: Node
-    shapes: Mapping[tuple[Node, int], Sequence[int | None]] = field(default_factory=dict)
+    shapes: Mapping[tuple[Node, int], Sequence[int | str | None]] = field(default_factory=dict)
     order: list[Node] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -174,9 +175,11 @@ class Pattern:
         orders = [g.args, g.args[::-1]] if p.target in COMMUTATIVE and len(g.args) == 2 else [g.args]
         for position, sizes in ((i, sizes) for (node, i), sizes in self.shapes.items() if node is p):
             actual = g.args[position]
-            if not isinstance(actual, list | tuple) or not _sizes_fit(sizes, actual):
+            sized = _bind_sizes(entered, sizes, actual) if isinstance(actual, list | tuple) else None
+            if sized is None:
                 attempt.fail(_count(state), g, f"expected the sizes {_sizes(sizes)}, found {_sizes(actual)}")
                 return
+            entered = sized
         for args in orders:
             positions = [i for i in range(len(args)) if (p, i) not in self.shapes]
             pairs = [*((p.args[i], args[i]) for i in positions), *((p.kwargs[k], g.kwargs[k]) for k in p.kwargs)]
@@ -202,7 +205,9 @@ class Pattern:
 
     def _literal(self, state: _State, p: Any, actual: Any) -> _State | None:
         for name, sentinel in self.scalars.items():
-            if isinstance(p, float) and p == sentinel:
+            if isinstance(sentinel, float) and p == -sentinel and isinstance(actual, int | float):
+                p, actual = sentinel, -actual  # the spelling has its negative
+            if isinstance(p, float) and isinstance(sentinel, float) and p == sentinel:
                 if not isinstance(actual, int | float) or not same_number(state.scalars.get(name, actual), actual):
                     return None
                 return _State(state.nodes, {**state.scalars, name: float(actual)}, state.half)
@@ -231,9 +236,16 @@ class Pattern:
         return self._literal(state, p.dtype, g.dtype)
 
 
-def _sizes_fit(wanted: Sequence[int | None], actual: Any) -> bool:
-    """Whether the sizes agree, counted from the last dimension, wherever the pattern's do not depend on its input."""
-    return all(w is None or w == a for w, a in zip(reversed(wanted), reversed(actual), strict=False))
+def _bind_sizes(state: _State, wanted: Sequence[int | str | None], actual: Sequence[Any]) -> _State | None:
+    """The state with the named sizes, where all agree, counted from the last dimension; None depends on the input's."""
+    scalars = dict(state.scalars)
+    for want, size in zip(reversed(wanted), reversed(actual), strict=False):
+        if isinstance(want, str):
+            if not isinstance(size, int) or scalars.setdefault(want, size) != size:
+                return None
+        elif want is not None and want != size:
+            return None
+    return _State(state.nodes, scalars, state.half)
 
 
 def _sizes(sizes: Any) -> str:

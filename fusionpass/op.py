@@ -27,8 +27,8 @@ class Tolerance:
         fp32_ulp: largest distance where the output is float32, which no later rounding hides.
         floor: differences up to this share of the tensor's largest finite magnitude do not count, for functions that
             cancel: `1 + erf(x)` of a very negative `x` has no correct digits in the reference either.
-        cancels: an element that differs may do so by this many steps of the tensor's largest magnitude instead: a sum of
-            rounded terms cancels, and one step of a term is many of the sum. `fraction` still bounds how many do.
+        cancels: an element that differs may do so by this many steps of the tensor's largest magnitude instead: a sum
+            of rounded terms cancels, and one step of a term is many of the sum. `fraction` still bounds how many do.
     """
 
     ulp: int = 0

@@ -27,6 +27,8 @@ _COMMON = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor, C
 _SHAPED = (*VIEWS, aten.expand.default, aten.full.default)
 _SIZES = ((4, 256), (6, 384))
 """Rows and columns of the two traces whose difference tells which sizes depend on the input's."""
+_NAMED = ((32, 64, 128), (96, 48, 24))
+"""The sizes that are parameters, in either trace: they divide the columns, into another number of parts."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Spelling:
     Args:
         name: "family.model", as in reports and `Config.disable`.
         op: what it means.
-        function: plain PyTorch, its parameters named as the op's; tensors are matched to anything, numbers are bound.
-            It returns what the op returns.
+        function: plain PyTorch, its parameters named as the op's; tensors are matched to anything, numbers are bound:
+            floats where they appear, ints where they are a size. It returns what the op returns.
         constants: arguments of the op that this spelling fixes.
         refuse: `refuse(arguments)`, the reason why a match with these arguments (nodes and numbers) is none after all.
 
@@ -58,7 +60,7 @@ class Spelling:
         Raises:
             RuleError: a number among the parameters does not appear in the traced graph.
         """
-        return _patterns(f"Spelling {self.name}", self.function, self.op, device, _anchor)
+        return _patterns(f"Spelling {self.name}", self.function, self.op, device, _anchors)
 
 
 @dataclass(frozen=True)
@@ -114,38 +116,47 @@ class Fold:
 
 
 def _patterns(
-    where: str, function: Callable[..., Any], op: Op, device: str, anchor: Callable[[Graph], Node]
+    where: str, function: Callable[..., Any], op: Op, device: str, anchors: Callable[[Graph], list[Node]]
 ) -> list[Pattern]:
     found: list[Pattern] = []
     with FakeTensorMode(), torch.no_grad():
-        inputs, scalars = _inputs(function, op, device, *_SIZES[0])
+        inputs, scalars = _inputs(function, op, device, 0)
         free = [k for k, v in inputs.items() if v.dtype == HALF]
         for dtypes in itertools.product((HALF, torch.float32), repeat=len(free)):
             kinds = dict(zip(free, dtypes, strict=True))
             try:
                 graph = _trace(function, inputs, kinds, scalars, where)
-                shapes = {}
+                shapes: dict[tuple[Node, int], list[int | str | None]] = {}
                 if any(node.target in _SHAPED for node in graph.nodes):
-                    other = _trace(function, _inputs(function, op, device, *_SIZES[1])[0], kinds, scalars, where)
-                    shapes = _free_sizes(graph, other)
+                    others, changed = _inputs(function, op, device, 1)
+                    named = {(n, changed[k]): k for k, n in scalars.items()}
+                    shapes = _free_sizes(graph, _trace(function, others, kinds, changed, where), named)
             except ArgumentError:
                 continue  # the op does not take this combination
-            found.append(Pattern(graph, list(inputs), scalars, HALF, anchor(graph), shapes))
+            sized = {size for sizes in shapes.values() for size in sizes}
+            for name, number in scalars.items():
+                if isinstance(number, int) and name not in sized:
+                    raise RuleError(f"{name!r} is no size in the traced graph", where)
+            found += [Pattern(graph, list(inputs), scalars, HALF, anchor, shapes) for anchor in anchors(graph)]
     return found
 
 
 def _inputs(
-    function: Callable[..., Any], op: Op, device: str, rows: int, columns: int
+    function: Callable[..., Any], op: Op, device: str, trace: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Tensors and numbers for the function's parameters: the op's sample, and what it leaves to its defaults."""
-    sample = op.sample(rows, columns, HALF, "cpu", None)
+    sample = op.sample(*_SIZES[trace], HALF, "cpu", None)
     first = next(v for v in sample.values() if isinstance(v, torch.Tensor))
-    tensors, scalars = {}, {}
+    named = iter(_NAMED[trace])
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, float] = {}
     for i, (name, parameter) in enumerate(inspect.signature(function).parameters.items()):
         if name in op.options.values() or parameter.annotation in (bool, str):
             continue
         value = sample.get(name, 1.0 if parameter.annotation is float else torch.empty_like(first))
-        if isinstance(value, torch.Tensor):
+        if parameter.annotation is int:
+            scalars[name] = next(named)
+        elif isinstance(value, torch.Tensor):
             tensors[name] = value.to(device)
         elif isinstance(value, float):
             scalars[name] = 0.0123 + i
@@ -170,31 +181,37 @@ def _trace(
     graph.eliminate_dead_code()
     literals = repr([n.args for n in graph.nodes])
     for name, number in scalars.items():
-        if repr(number) not in literals:
+        if isinstance(number, float) and repr(number) not in literals:
             raise RuleError(f"the number {name!r} does not appear in the traced graph", where)
     return graph
 
 
-def _free_sizes(graph: Graph, other: Graph) -> dict[tuple[Node, int], list[int | None]]:
-    """The sizes that are arguments, by node and position: None where the two traces differ."""
-    shapes: dict[tuple[Node, int], list[int | None]] = {}
+def _free_sizes(
+    graph: Graph, other: Graph, named: Mapping[tuple[float, float], str]
+) -> dict[tuple[Node, int], list[int | str | None]]:
+    """The sizes that are arguments, by node and position: a name, or None where the two traces differ otherwise."""
+    shapes: dict[tuple[Node, int], list[int | str | None]] = {}
     for a, b in zip(graph.nodes, other.nodes, strict=True):
         for i, (here, there) in enumerate(zip(a.args, b.args, strict=True)):
             if a.target in _SHAPED and isinstance(here, list | tuple) and isinstance(there, list | tuple):
-                shapes[a, i] = [m if m == n else None for m, n in zip(here, there, strict=True)]
+                pairs = zip(here, there, strict=True)
+                shapes[a, i] = [named.get((m, n), m if m == n else None) for m, n in pairs]
     return shapes
 
 
-def _anchor(graph: Graph) -> Node:
-    """The node that a search starts from: the rarest in a model's graph."""
+def _anchors(graph: Graph) -> list[Node]:
+    """The nodes that a search starts from: the rarest in a model's graph.
+
+    Several where a site is one of several rare ones: whichever comes first in a model would be taken for an op alone.
+    """
     nodes: list[Node] = [n for n in graph.nodes if n.op == "call_function"]
-    for rare in (marks_a_site, lambda node: node.target in _UNCOMMON, lambda node: node.target not in _COMMON):
-        for node in reversed(nodes):
-            if rare(node):
-                return node
-    return nodes[-1]
+    rare = (marks_a_site, lambda node: node.target in _UNCOMMON)
+    found = [next((node for node in reversed(nodes) if is_rare(node)), None) for is_rare in rare]
+    if any(found):
+        return [node for node in found if node is not None]
+    return [next((node for node in reversed(nodes) if node.target not in _COMMON), nodes[-1])]
 
 
-def _output(graph: Graph) -> Node:
+def _output(graph: Graph) -> list[Node]:
     result: Any = graph.find_nodes(op="output")[0].args[0]
-    return result[0] if isinstance(result, list | tuple) else result  # type: ignore[no-any-return]
+    return [result[0] if isinstance(result, list | tuple) else result]

@@ -86,7 +86,9 @@ def difference(actual: torch.Tensor, expected: torch.Tensor, tolerance: Toleranc
         largest = expected.double().nan_to_num(0, 0, 0).abs().max()
         apart = (actual.double() - expected.double()).abs()
         distance = torch.where(apart <= tolerance.floor * largest, 0, distance)
-        step = tolerance.cancels * torch.finfo(expected.dtype).eps * largest
+        # Of 8 bits, where they are integers.
+        eps = torch.finfo(expected.dtype).eps if expected.is_floating_point() else 2.0**-4
+        step = tolerance.cancels * eps * largest
         distance = torch.where(apart <= step, distance.clamp(max=1), distance)
     return Difference(
         int(distance.max()) if distance.numel() else 0, int((distance > 0).sum()), distance.numel(), actual.dtype

@@ -144,11 +144,14 @@ class _Gardener:
         _, *others = [name for name, given in wanted.items() if isinstance(given, torch.Tensor)]
         names = [value]
         for name in others:
-            known = [n for n in self.values if n.startswith(name) and self.env[n].shape == wanted[name].shape]
             if wanted[name].shape == self.env[value].shape:
                 names.append(self.alike(value, name))
-            else:
-                names.append(self.pick(known) if known and self.chance(5) else self.input(name, wanted[name]))
+                continue
+            known = [n for n in self.values if self.env[n].shape == wanted[name].shape and self.env[n].dtype in DTYPES]
+            # A scale may be computed, from what it is to scale too: then it is there late.
+            source = f"{self.pick([value, self.value()])}.float().abs().amax()"
+            made = self.emit(source) if name == "scale" and self.chance(2) else None
+            names.append(made or (self.pick(known) if known and self.chance(4) else self.input(name, wanted[name])))
         graph = _traced(spelling, wanted)
         return graph, dict(zip(graph.find_nodes(op="placeholder"), names, strict=True))
 
@@ -169,9 +172,10 @@ class _Gardener:
         return wanted
 
     def call(self, node: Node, names: Mapping[Node, str], nearly: bool) -> str:
-        """The statement of a traced node, its operands in either order, its literals one off if `nearly`."""
+        """The statement of a traced node, its operands in either order; if `nearly`, its literals one off."""
         args, kwargs = list(node.args), node.kwargs
-        if node.target in COMMUTATIVE and len(args) == 2 and self.chance(3):
+        pair = len(args) == 2 and isinstance(args[0], Node) and not kwargs
+        if pair and (self.chance(3) if node.target in COMMUTATIVE else nearly and isinstance(args[1], Node)):
             args.reverse()
         if node.target is getitem:
             return f"{_text(args[0], names)}[{args[1]}]"

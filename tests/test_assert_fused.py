@@ -22,7 +22,9 @@ class Two(torch.nn.Module):
 
 
 REPORT = fusionpass.explain(Two(), X, torch.tensor(0.5))
-MISSING = fusionpass.explain(lambda x, s: (x.float() * s.reciprocal()).clamp(-240, 240).to(torch.float8_e4m3fn), X, X[0, 0])
+MISSING = fusionpass.explain(
+    lambda x, s: (x.float() * s.reciprocal()).clamp(-240, 240).to(torch.float8_e4m3fn), X, X[0, 0]
+)
 
 
 def test_what_is_there() -> None:
@@ -73,7 +75,7 @@ def test_a_compiled_model() -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ConfigError, match="there is no op 'rms_nrom'.*Did you mean 'rms_norm'"):
+    with pytest.raises(ConfigError, match=r"there is no op 'rms_nrom'.*Did you mean 'rms_norm'"):
         fusionpass.assert_fused(REPORT, "rms_nrom")
     with pytest.raises(NotCompiledError, match="was not compiled"):
         fusionpass.assert_fused(Two())

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import fusionpass
-from bench.coverage import Outcome, document, judge, outcomes, unknown
+from bench.coverage import TARGET, Outcome, document, judge, outcomes, stand_ins, unknown
 from bench.sites import Site, sites
-from fusionpass import Record, Report
+from fusionpass import Config, Record, Report
 from fusionpass.quantize import QuantizedLinear
 from tests.models import LlamaNorm
 
@@ -56,6 +56,7 @@ class Layer(nn.Module):
         x = x + self.post(self.o(heads.transpose(1, 2).flatten(2)))
         x = x + self.down(F.silu(self.gate(x)) * self.up(x) * 2)
         modulated = self.norm(x) * (1 + q[:, :1]) + k[:, :1]
+        modulated = modulated.float().bfloat16()
         x = self.last(self.act(self.silu(x)) + self.mixed(modulated)) + self.inner(self.head(self.odd(x)))
         return self.out(self.final(x))
 
@@ -87,6 +88,20 @@ def test_every_linear_reads_something_of_a_kind(quantised):
         tuple(path.removeprefix("layer.") for path in site.linears): (site.kind, site.where, set(site.norms))
         for site in found
     }
+    lines = Path(__file__).read_text().splitlines()
+    read = {
+        place: {lines[int(line.rpartition(":")[2]) - 1].strip() for at, line in site.places if at == place}
+        for site in found
+        for place in ("layer", "layer.norm")
+        if "layer.mixed" in site.linears
+    }
+    assert read == {
+        "layer": {
+            "modulated = self.norm(x) * (1 + q[:, :1]) + k[:, :1]",
+            "modulated = modulated.float().bfloat16()",
+        },
+        "layer.norm": set(),
+    }
     assert named == {
         ("raw",): ("other", "", set()),
         ("q", "k"): ("norm", "layer.norm", {"layer.norm"}),
@@ -101,6 +116,22 @@ def test_every_linear_reads_something_of_a_kind(quantised):
         # What may run inside one op with it.
         ("out",): ("norm", "layer.final", {"layer.final", "layer.inner"}),
     }
+
+
+def test_one_activation_of_one_tensor_is_one_site():
+    class Twice(nn.Module):
+        def __init__(self, second: nn.Module) -> None:
+            super().__init__()
+            self.first, self.second = nn.SiLU(), second
+            self.a, self.b, self.c = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+        def forward(self, x):
+            return self.a(self.first(x)) + self.b(self.second(x)) + self.c(self.first(x + 1))
+
+    for second, expected in ((nn.SiLU(), [("a", "b"), ("c",)]), (nn.ReLU(), [("a",), ("b",), ("c",)])):
+        model, inputs = Twice(second), {"x": torch.randn(3, WIDTH)}
+        fusionpass.quantize_(model, "fp8_static", [inputs])
+        assert [site.linears for site in sites(model, inputs)] == expected
 
 
 def test_counting_leaves_the_model_as_it_was(quantised):
@@ -129,6 +160,18 @@ def test_a_hand_made_model_end_to_end():
     page = document(made)
     assert "| Norms that feed a quantised linear | 1 | 0 | 2/3, 66.7 % | 2/3, 66.7 % |" in page
     assert "| Hand-made | 2/3 |" in page
+
+
+@pytest.mark.parametrize("scheme", ["fp8_token", "nvfp4"])
+def test_the_stand_ins_leave_the_graph_in_front_of_the_products_alone(scheme):
+    model, inputs = build()
+    fusionpass.quantize_(model, scheme, [inputs] if scheme == "nvfp4" else None)
+    plain = fusionpass.explain(model, **inputs, config=Config(target=TARGET))
+    with stand_ins(scheme):
+        short = fusionpass.explain(model, **inputs, config=Config(target=TARGET))
+    sites_of = [[(r.op, r.rule, r.where, r.scheme) for r in made.fused] for made in (plain, short)]
+    assert sites_of[0] == sites_of[1]
+    assert "coverage.product" in short.graphs[0].snapshots[0][1]
 
 
 NORM = Site("norm", "layers.0.norm", "LlamaNorm", frozenset({"layers.0.norm"}), ("layers.0.q", "layers.0.k"))
@@ -171,10 +214,10 @@ def test_what_counts_as_fused(site, record, fused):
 def test_reasons_are_those_of_the_norm_and_of_its_readers():
     told = {
         "fused": {"op": "quantize", "reason": "nothing folds", "where": "layers.0.k"},
-        "missed": {"rule": "norm.llama", "reason": "at getitem_4: no", "where": "layers.0.norm"},
+        "missed": {"rule": "norm.llama", "reason": "at getitem_4 on sm_90: no", "where": "layers.0.norm"},
         "refused": {"rule": "norm.llama", "reason": "too wide", "where": "layers.0.norm"},
     }
-    expected = ["quantize: nothing folds", "norm.llama missed: at getitem: no", "norm.llama refused: too wide"]
+    expected = ["quantize: nothing folds", "norm.llama missed: at getitem on sm_90: no", "norm.llama refused: too wide"]
     for (kind, record), reason in zip(told.items(), expected, strict=True):
         assert judge([NORM], report(kind, **record), "fp8_token") == [(False, (reason,))]
         assert judge([NORM], report(kind, **record | {"where": "layers.1"}), "fp8_token") == [(False, ("nothing",))]
@@ -190,6 +233,17 @@ def test_one_op_accounts_for_one_site():
     both = Site("norm", "layers.0.third", "Norm", frozenset({"layers.0.third", "layers.0.second"}), ())
     assert [fused for fused, _ in judge([both, sums[1]], made, "fp8_token")] == [True, True]
     assert not unknown(sums, made)
+
+
+def test_two_sites_of_one_module_are_told_apart_by_their_lines():
+    where, op = "layers.0", "layer_norm_quantize"
+    both = [
+        Site(kind, place, "", frozenset({f"layers.0.{kind}"}), (), frozenset({(where, f"model.py:{line}")}))
+        for kind, place, line in (("sum", where, 7), ("norm", "layers.0.norm", 9))
+    ]
+    for line, expected in ((7, [True, False]), (9, [False, True])):
+        made = report("fused", op=op, where=where, scheme="fp8_token", source=f"model.py:{line}, x = f(x, y)")
+        assert [fused for fused, _ in judge(both, made, "fp8_token")] == expected
 
 
 def test_a_norm_that_the_count_does_not_know_is_named():

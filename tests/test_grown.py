@@ -182,6 +182,15 @@ def test_two_matches_of_one_norm_make_one_op() -> None:
     assert [record.op for record in rewritten.trace.fused] == ["layer_norm"]
 
 
+def test_a_match_that_reads_the_result_of_another() -> None:
+    def function(x: torch.Tensor, up: torch.Tensor) -> Any:
+        activation = torch.nn.functional.silu(x)
+        return (activation * (activation * up),)
+
+    rewritten, _ = check(function, [torch.randn(3, 8), torch.randn(3, 8)])
+    assert rewritten.trace.fused
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_result_keeps_its_strides(swapped: bool) -> None:
     def function(gate: torch.Tensor, up: torch.Tensor) -> Any:
@@ -191,3 +200,9 @@ def test_a_result_keeps_its_strides(swapped: bool) -> None:
     # A result is laid out as the first operand.
     rewritten, _ = check(function, [torch.randn(8, 3).t(), torch.randn(3, 8)])
     assert rewritten.trace.fused or rewritten.trace.refused
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.float8_e4m3fn])
+def test_a_square_of_what_is_no_wide_float(dtype: torch.dtype) -> None:
+    # A bool times itself is a bool, to the power of two an integer; codes can be multiplied, but have no power.
+    check(lambda x: (x * x,), [torch.tensor([0, 1, 3]).to(dtype)])

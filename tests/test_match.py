@@ -242,3 +242,59 @@ def test_linear_in_the_size_of_the_graph() -> None:
     stack(2)
     # Quadratic work would be 64 times as much; the bound leaves room for a noisy machine.
     assert stack(80) < 25 * max(stack(10), 0.005)
+
+
+def gated(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, size: int, back: int = WIDTH) -> torch.Tensor:
+    h = (x.float() * torch.nn.functional.silu(gate.float())).view(-1, size)
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return weight * h.view(-1, back).to(x.dtype)
+
+
+@pytest.mark.parametrize("size", [1, 2, 16])
+def test_a_size_is_bound_to_an_argument(size: int) -> None:
+    report = fusionpass.explain(lambda x, gate, w: gated(x, gate, w, size), X, X + 1, WEIGHT)
+    assert report.count("gated_rms_norm", rule="norm.gated_before_grouped") == 1, str(report)
+    assert f"group_size={size})" in report.graphs[0].snapshots[2][1]
+
+
+def test_a_size_across_rows_is_refused() -> None:
+    report = fusionpass.explain(lambda x, gate, w: gated(x, gate, w, 2 * WIDTH), X, X + 1, WEIGHT)
+    assert report.count("gated_rms_norm") == 0
+    (reason,) = {record.reason for record in report.refused if record.op == "gated_rms_norm"} | {
+        record.reason for record in report.fused if "group_size" in record.reason
+    }
+    assert "group_size=64 for a width of 32" in reason
+
+
+def test_two_sizes_of_one_name_must_agree() -> None:
+    def function(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, size: int) -> torch.Tensor:
+        h = (x.float() * torch.nn.functional.silu(gate.float())).view(4, -1, 8)
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
+        h = (weight.view(-1, size) * h.view(4, -1, size)).view(4, WIDTH)
+        return h.to(x.dtype)
+
+    report = fusionpass.explain(lambda *args: function(*args, 8), X, X + 1, WEIGHT)
+    assert report.count("gated_rms_norm", rule="norm.gated_before_falcon") == 1, str(report)
+    assert not fusionpass.explain(lambda *args: function(*args, 16), X, X + 1, WEIGHT).count("gated_rms_norm")
+
+
+def test_a_gate_may_be_computed_before_or_after_the_norm() -> None:
+    def function(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, first: bool) -> torch.Tensor:
+        factor = torch.nn.functional.silu(gate.float()) if first else None
+        norm = llama(x, weight)
+        return (norm * (torch.nn.functional.silu(gate.float()) if factor is None else factor)).to(x.dtype)
+
+    for first in (True, False):
+        report = fusionpass.explain(lambda *args, first=first: function(*args, first), X, X + 1, WEIGHT)
+        assert report.count("gated_rms_norm", rule="norm.gated_after") == 1, str(report)
+        assert len(report.fused) == 1
+
+
+def test_a_gate_that_others_read_stays_out_of_the_norm() -> None:
+    def function(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor) -> Any:
+        factor = torch.nn.functional.silu(gate.float())
+        return (llama(x, weight) * factor).to(x.dtype), factor * 2
+
+    report = fusionpass.explain(function, X, X + 1, WEIGHT)
+    assert report.count("rms_norm", rule="norm.llama") == 1, str(report)
+    assert report.count("gated_rms_norm") == 0

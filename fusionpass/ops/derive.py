@@ -1,5 +1,6 @@
 """Ops made from ops: a residual added in front of a norm, a quantisation behind anything."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -76,6 +77,9 @@ def quantizing(base: Op, output: str) -> Op:
     Raises:
         As `{base.name}` and `quantize`; ArgumentError: several scales for a scheme that computes its own.
     """
+    # A step of 16 bits of the largest value, in steps of the largest code.
+    cancels = 0.125 if base.tolerance[output].cancels else 0.0
+    codes = dataclasses.replace(CODES, cancels=cancels)
     return derived(
         f"{base.name}_quantize",
         parameters,
@@ -84,7 +88,7 @@ def quantizing(base: Op, output: str) -> Op:
         list[torch.Tensor],
         outputs=outputs,
         sample=sample,
-        tolerance={**base.tolerance, "q": CODES, "scale": SCALES, **{f"q_{i}": CODES for i in range(2, 6)}},
+        tolerance={**base.tolerance, **dict.fromkeys(("q", *(f"q_{i}" for i in range(2, 6))), codes), "scale": SCALES},
         options={output: f"{output}_out", **base.options},
     )
 
@@ -109,7 +113,7 @@ def adding(base: Op, name: str, output: str, inner: bool = False) -> Op:
         rest = {p.name: arguments[p.name] for p in own[1:]}
         x = arguments["x"]
         if arguments.get("inner_weight") is not None:
-            x = base.reference(x, **{**rest, "weight": arguments["inner_weight"]})
+            x = base.reference(x, arguments["inner_weight"], *(rest[k] for k in ("eps", "weight_offset", "rounding")))
         total = residual_sum(x, arguments["residual"], arguments["alpha"], arguments["second"], name)
         return [base.reference(total, **rest), *([total] if arguments["residual_out"] else [])]
 

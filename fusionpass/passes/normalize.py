@@ -66,6 +66,8 @@ def _canonical(node: Node, make: _Make) -> None:
     """Rewrite one node; `make(target, args, val)` gives a node in front of it."""
     target: Any = node.target
     args: Any = node.args
+    if target in (aten.select.int, aten.squeeze.dim) and args[1] >= 0:
+        node.args = args = (args[0], args[1] - args[0].meta["val"].dim(), *args[2:])
     if target in _SCALAR_FORMS:
         node.target = _SCALAR_FORMS[target]
     if target in _REDUCTIONS and len(args) > 1 and isinstance(args[1], list | tuple):
@@ -75,7 +77,7 @@ def _canonical(node: Node, make: _Make) -> None:
         node.args = (args[0], 2)
     elif target is aten.pow.Tensor_Scalar and args[1] == -0.5:
         node.target, node.args = aten.rsqrt.default, (args[0],)
-    elif target is aten.mul.Tensor and args[0] is args[1]:
+    elif target is aten.mul.Tensor and args[0] is args[1] and _squares(node):
         node.target, node.args = aten.pow.Tensor_Scalar, (args[0], 2)
     elif target is aten.clamp.default and len(args) == 3 and None not in args:
         lower = make(aten.clamp_min.default, (args[0], args[1]), node.meta["val"])
@@ -93,6 +95,12 @@ def _canonical(node: Node, make: _Make) -> None:
         _literal(node)
     elif target in _PROMOTING:
         node.args = tuple(_promoted(node, i, make) for i in range(len(args)))
+
+
+def _squares(node: Node) -> bool:
+    """Whether `pow` squares this dtype as `mul` does: it promotes booleans, and knows no 8-bit floats."""
+    val = value(node)
+    return val is not None and val.is_floating_point() and val.dtype.itemsize > 1
 
 
 def _keep_dimension(node: Node) -> None:

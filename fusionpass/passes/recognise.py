@@ -44,6 +44,8 @@ def recognise(
             known = len(refused)
             note = "; ".join(f"not {record.rule}: {record.reason}" for record in refused)
             for match in matches:
+                if any(node._erased for node in match.nodes.values()):
+                    continue  # the one before it took what this one reads
                 refusal = disabled(spelling.name, spelling.op, disable) or _replace(
                     graph, spelling, match, matches, infer, verify, note
                 )
@@ -68,7 +70,7 @@ def recognise(
         trace.refused += refused
     for spelling, waiting in shared.items():
         # Nor may what two of them share keep both: two static scales of one tensor have its maxima in common.
-        together = [match for match, _ in waiting if not any(node._erased for node in match.interior())]
+        together = [match for match, _ in waiting if not any(node._erased for node in match.nodes.values())]
         for match, record in waiting if len(together) > 1 else ():
             if match in together and record in trace.refused:
                 refusal = disabled(spelling.name, spelling.op, disable) or _replace(
@@ -116,7 +118,9 @@ def _search(spelling: Spelling, patterns: Iterable[Pattern], anchor: Node) -> li
             matches = {match.outputs: match for match in found} | matches
         elif furthest is None or found.matched > furthest.matched:
             furthest = found
-    return list(matches.values()) or furthest
+    inside = {match: match.interior() for match in matches.values()}
+    # With one late rounding, the pattern for float32 finds all but the casts of what the other finds.
+    return [m for m, nodes in inside.items() if not any(nodes < others for others in inside.values())] or furthest
 
 
 def _record(spelling: Spelling, anchor: Node, reason: str) -> Record:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
@@ -54,9 +55,25 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
         if isinstance(traced, torch.nn.Module) and device is not None:
             _move(traced, device)
         fake_args, fake_kwargs = tree_map_only(torch.Tensor, lambda t: _fake(mode, t, device), (args, kwargs))
-        with _dynamo_cache_untouched() as options_of_compile:
+        with _dynamo_cache_untouched() as options_of_compile, _capability_of(options.target):
             torch.compile(traced, backend=backend, dynamic=False, **options_of_compile)(*fake_args, **fake_kwargs)
     return report
+
+
+@contextlib.contextmanager
+def _capability_of(target: Arch | None) -> Iterator[None]:
+    """Where there is no GPU, models that ask for its compute capability while they are traced get the target's."""
+    if target is None or not target.is_cuda or torch.cuda.is_available():
+        yield
+        return
+    capability = divmod(target.capability, 10)
+
+    # A function, which Dynamo can trace, unlike a mock.
+    def get_device_capability(device: Any = None) -> tuple[int, int]:
+        return capability
+
+    with mock.patch("torch.cuda.get_device_capability", get_device_capability):
+        yield
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from ..op import Op, Refusal
 from ..ops.derive import MORE, residual_sum
 from ..ops.norm import (
     AFTER,
+    LAST,
     add_layer_norm,
     add_layer_norm_quantize,
     add_quantize,
@@ -21,6 +22,7 @@ from ..ops.norm import (
     rms_norm,
     rms_norm_quantize,
 )
+from ..ops.norm.gated import gated_rms_norm, gated_rms_norm_quantize
 from ..ops.quant import quantize
 from ..rule import Fold, Spelling
 
@@ -61,8 +63,42 @@ def _layer_modulated(x: torch.Tensor, eps: float, mod_scale: torch.Tensor, mod_s
     return layer_norm.reference(x, None, eps, mod_scale=mod_scale, mod_shift=mod_shift)
 
 
+def _layer_modulated_last(x: torch.Tensor, eps: float, mod_scale: torch.Tensor, mod_shift: torch.Tensor) -> Any:
+    return layer_norm.reference(x, None, eps, mod_scale=mod_scale, mod_shift=mod_shift, rounding=LAST)
+
+
+def _weightless_modulated(x: torch.Tensor, eps: float, mod_scale: torch.Tensor, mod_shift: torch.Tensor) -> Any:
+    return rms_norm.reference(x, None, eps, mod_scale=mod_scale, mod_shift=mod_shift)
+
+
 def _cohere(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
     return layer_norm.reference(x, weight, eps, moments="by_hand")
+
+
+def _gated_before(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
+    return gated_rms_norm.reference(x, gate, weight, eps)
+
+
+def _gated_before_grouped(
+    x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float, group_size: int
+) -> Any:
+    return gated_rms_norm.reference(x, gate, weight, eps, "before", group_size)
+
+
+def _falcon_before(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float, group_size: int) -> Any:
+    return gated_rms_norm.reference(x, gate, weight, eps, "before", group_size, AFTER)
+
+
+def _falcon_after(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float, group_size: int) -> Any:
+    return gated_rms_norm.reference(x, gate, weight, eps, "after", group_size, AFTER)
+
+
+def _gated_after(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
+    return gated_rms_norm.reference(x, gate, weight, eps, "after")
+
+
+def _sigmoid_after(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
+    return gated_rms_norm.reference(x, gate, weight, eps, "after", None, AFTER, "sigmoid")
 
 
 def _sum(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -84,6 +120,8 @@ def _not_widened(arguments: Mapping[str, Any]) -> Refusal:
     return None
 
 
+_AFTER_ONCE = {"gating": "after", "rounding": AFTER}
+
 # The longest first: a weightless norm is the beginning of every other.
 SPELLINGS = (
     Spelling("norm.llama", rms_norm, _llama),
@@ -91,11 +129,19 @@ SPELLINGS = (
     Spelling("norm.rms", rms_norm, _after_weight, {"rounding": AFTER}),
     Spelling("norm.weightless", rms_norm, _weightless, refuse=_not_widened),
     Spelling("norm.layer_modulated", layer_norm, _layer_modulated),
+    Spelling("norm.layer_modulated_last", layer_norm, _layer_modulated_last, {"rounding": LAST}),
+    Spelling("norm.weightless_modulated", rms_norm, _weightless_modulated),
     Spelling("norm.layer_offset", layer_norm, _layer_offset),
     Spelling("norm.layer", layer_norm, _layer),
     Spelling("norm.layer_unbiased", layer_norm, _layer_unbiased),
     Spelling("norm.layer_plain", layer_norm, _layer_plain, refuse=_not_widened),
     Spelling("norm.cohere", layer_norm, _cohere, {"moments": "by_hand"}),
+    Spelling("norm.gated_before", gated_rms_norm, _gated_before),
+    Spelling("norm.gated_before_grouped", gated_rms_norm, _gated_before_grouped),
+    Spelling("norm.gated_before_falcon", gated_rms_norm, _falcon_before, {"rounding": AFTER}),
+    Spelling("norm.gated_after", gated_rms_norm, _gated_after, {"gating": "after"}),
+    Spelling("norm.gated_after_falcon", gated_rms_norm, _falcon_after, _AFTER_ONCE),
+    Spelling("norm.gated_after_sigmoid", gated_rms_norm, _sigmoid_after, {**_AFTER_ONCE, "activation": "sigmoid"}),
 )
 
 _SUMS = (_sum_of_three, _sum_scaled, _sum)
@@ -137,6 +183,7 @@ FOLDS = (
     Fold("norm.add_layer_quantize", add_layer_norm, quantize, add_layer_norm_quantize, "norm"),
     Fold("norm.quantize", rms_norm, quantize, rms_norm_quantize, "norm"),
     Fold("norm.layer_quantize", layer_norm, quantize, layer_norm_quantize, "norm"),
+    Fold("norm.gated_quantize", gated_rms_norm, quantize, gated_rms_norm_quantize, "norm"),
     Fold("norm.sum_quantize", _SUMS, quantize, add_quantize, "residual"),
     *(
         Fold(f"norm.inner_{op.name}", rms_norm, op, op, "norm", reads=("x", "residual"), join=_inner)
@@ -150,6 +197,7 @@ FOLDS = (
             (layer_norm_quantize, "norm"),
             (add_layer_norm_quantize, "norm"),
             (add_quantize, "residual"),
+            (gated_rms_norm_quantize, "norm"),
         )
     ),
 )

@@ -45,7 +45,7 @@ def test_compiles(op, name):
     if "norm" in op.name:
         # Sixteen bytes of bfloat16 a thread, and eight of codes: nothing goes through shared memory to be stored.
         assert re.search(r"ld\.global[\w.:]*\.v4\.b32|(global|buffer)_load_dwordx4", text)
-        if op.name not in ("rms_norm_quantize", "layer_norm_quantize"):
+        if op.name not in ("rms_norm_quantize", "layer_norm_quantize", "gated_rms_norm_quantize"):
             assert re.search(r"st\.global[\w.:]*\.v4\.b32|(global|buffer)_store_dwordx4", text)
         if "quantize" in op.name:
             assert re.search(r"st\.global[\w.:]*\.v2\.b32|(global|buffer)_store_dwordx2", text)
@@ -77,3 +77,24 @@ def _triton():
     import triton
 
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+H = torch.ones(2048, dtype=torch.bfloat16)
+ROUNDED_TWICE = [
+    ("add_rms_norm_quantize", {"inner_weight": H}),
+    ("add_rms_norm_quantize", {"alpha": 0.22}),
+    ("add_rms_norm_quantize", {"second": torch.ones(64, 2048, dtype=torch.bfloat16), "rounding": "after_weight"}),
+    ("add_quantize", {"inner_weight": H}),
+    ("layer_norm_quantize", {}),
+    ("layer_norm_quantize", {"mod_scale": None, "mod_shift": None}),
+    *((op.name, {}) for op in WITH_KERNELS if "silu" in op.name or "swiglu" in op.name or "gated" in op.name),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), ROUNDED_TWICE, ids=lambda v: v if isinstance(v, str) else "-".join(v))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_no_multiply_add_skips_a_rounding(name, changes, dtype):
+    """LLVM narrows arithmetic on widened 16-bit numbers, which is exact, and then fuses it, which is not."""
+    op = next(op for op in WITH_KERNELS if op.name == name)
+    cast = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in changes.items()}
+    assert not re.search(r"fma\.rn\.(b?f16)", compiled(op, "sm_90", dtype=dtype, **cast))

@@ -1,5 +1,7 @@
 """The activations of MLPs, gated and not, with the quantisation behind."""
 
+import dataclasses
+
 import torch
 from torch.nn import functional as F
 
@@ -10,6 +12,9 @@ from ..rows import triton_backend
 
 PRODUCT = Tolerance(ulp=2, fraction=2e-3, fp32_ulp=16, floor=2**-21)
 """The activation may move by one step of its dtype (another exponential), which is up to two of the product's."""
+
+GELU = dataclasses.replace(PRODUCT, fraction=4e-3)
+"""Below -2, `1 + erf(x)` has lost so many digits that another erf moves 16-bit results too: 0.23 % of normal inputs."""
 
 
 def _gated(tokens: int, width: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, object]:
@@ -47,7 +52,7 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-@op(outputs=("product",), sample=_gated, tolerance={"product": PRODUCT})
+@op(outputs=("product",), sample=_gated, tolerance={"product": GELU})
 def gelu_mul(gate: torch.Tensor, up: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     """`gelu(gate) * up`, the activation of Gemma's MLP (GeGLU).
 
@@ -113,7 +118,7 @@ def silu(x: torch.Tensor) -> torch.Tensor:
     return F.silu(x)
 
 
-@op(outputs=("activation",), sample=_ungated, tolerance={"activation": PRODUCT})
+@op(outputs=("activation",), sample=_ungated, tolerance={"activation": GELU})
 def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     """GELU, computed in float32 and rounded once.
 

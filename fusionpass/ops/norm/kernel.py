@@ -11,12 +11,23 @@ from ..quant.epilogue import store_codes, store_static
 
 @triton.jit
 def normalised(
-    h, w, b, eps, offset, inside, like, wide, WIDTH: tl.constexpr, CENTRE: tl.constexpr, AFTER: tl.constexpr
+    h,
+    w,
+    b,
+    eps,
+    offset,
+    inside,
+    like,
+    wide,
+    WIDTH: tl.constexpr,
+    CENTRE: tl.constexpr,
+    AFTER: tl.constexpr,
+    LAST: tl.constexpr,
 ):
     """float32 rows `h` (zero outside) normalised, times `w` and plus `b`, rounded where the reference rounds.
 
     `like` and `wide` are pointers of the dtypes of x and of the weight; `w`, `b` None where there is none. CENTRE
-    subtracts the mean (LayerNorm); AFTER rounds once, behind weight and bias.
+    subtracts the mean (LayerNorm); AFTER rounds once, behind weight and bias; LAST leaves even that to a modulation.
     """
     kind: tl.constexpr = like.dtype.element_ty
     if CENTRE:
@@ -25,7 +36,8 @@ def normalised(
     if w is None:
         if b is not None:
             y += b.to(tl.float32)
-        y = y.to(kind).to(tl.float32)
+        if not LAST:
+            y = y.to(kind).to(tl.float32)
     elif AFTER:
         scaling = w.to(tl.float32)
         if offset is not None:
@@ -35,7 +47,8 @@ def normalised(
         y = y * scaling
         if b is not None:
             y += b.to(tl.float32)
-        y = y.to(kind).to(tl.float32)
+        if not LAST:
+            y = y.to(kind).to(tl.float32)
     else:
         y = y.to(kind).to(tl.float32) * w.to(tl.float32)
         # The product has the promoted dtype: that of both, or float32.
@@ -88,6 +101,8 @@ def norm_kernel(
     alpha,
     NORM: tl.constexpr,
     AFTER: tl.constexpr,
+    LAST: tl.constexpr,
+    WIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -158,24 +173,31 @@ def norm_kernel(
         # and may write to memory that this one has read.
         gdc_launch_dependents()
     if inner is not None:
-        h = normalised(h, v, None, eps, offset, inside, x, inner, WIDTH, False, AFTER)
+        h = normalised(h, v, None, eps, offset, inside, x, inner, WIDTH, False, AFTER, False)
     if alpha is not None:
         h = (h * alpha).to(x.dtype.element_ty).to(tl.float32)
     if residual is not None:
-        rounded = (h + r).to(x.dtype.element_ty)
+        # LLVM turns arithmetic on widened 16-bit numbers into 16-bit arithmetic, and then a product and its sum into a
+        # fused multiply-add, which skips the rounding in between: `unit` is 1, and hides that `r` was one.
+        rounded = (h + (r if inner is None else r * unit)).to(x.dtype.element_ty)
         if total is not None:
             tl.store(total + row * WIDTH + columns, rounded, mask)
         h = rounded.to(tl.float32)
     y = h
     if NORM != "":
         like = x if weight is None else weight
-        y = normalised(h, w, b, eps, offset, inside, x, like, WIDTH, NORM == "layer", AFTER)
+        y = normalised(h, w, b, eps, offset, inside, x, like, WIDTH, NORM == "layer", AFTER, LAST)
     if mod_scale is not None:
-        # Each step rounded to the dtype that promotion gives it. LLVM would make 16-bit arithmetic of it, and then a fused
-        # multiply-add that skips a rounding, did it see that all operands are widened 16-bit numbers: `unit` is 1.
+        # Each step rounded to the dtype that promotion gives it. LLVM would make 16-bit arithmetic of it, and then a
+        # fused multiply-add, as above.
         one = (unit + m.to(tl.float32)).to(m.dtype).to(tl.float32)
-        y = rounded_as(y * one, x, mod_scale)
-        y = rounded_as(y + shift.to(tl.float32) * unit, x, mod_shift)
+        if LAST:
+            y = (y * one + shift.to(tl.float32)).to(x.dtype.element_ty).to(tl.float32)
+        elif WIDE:
+            y = y * one + shift.to(tl.float32)
+        else:
+            y = rounded_as(y * one, x, mod_scale)
+            y = rounded_as(y + shift.to(tl.float32) * unit, x, mod_shift)
     if norm is not None:
         tl.store(norm + row * WIDTH + columns, y.to(norm.dtype.element_ty), mask)
     if q is not None:

@@ -15,7 +15,7 @@ from ..derive import MORE
 from ..quant.epilogue import code_outputs, covered_rows, fewest_columns, refuse_scheme, scheme_constants
 from ..quant.scheme import Scheme
 from ..rows import FLOATS, alike, alike_shape, known, row_count, row_stride, static
-from . import AFTER, BEFORE
+from . import BEFORE, LAST
 from .kernel import norm_kernel
 
 WIDEST = 16384
@@ -61,7 +61,7 @@ def plan_rms_norm(arch: Arch, **arguments: Any) -> Launch | str:
 
 def plan_layer_norm(arch: Arch, **arguments: Any) -> Launch | str:
     """The launch that runs `layer_norm`, or that with a residual or a quantisation around it, or why there is none."""
-    return _plan(arch, "layer", **{k: v for k, v in arguments.items() if k != "moments"}, rounding=AFTER)
+    return _plan(arch, "layer", **{k: v for k, v in arguments.items() if k != "moments"})
 
 
 def plan_add(arch: Arch, **arguments: Any) -> Launch | str:
@@ -70,9 +70,10 @@ def plan_add(arch: Arch, **arguments: Any) -> Launch | str:
     return _plan(arch, "", **arguments, norm_out=sum_out)
 
 
-def _refuse(
+def refuse_inputs(
     x: torch.Tensor, likes: Mapping[str, torch.Tensor | None], vectors: Mapping[str, torch.Tensor | None]
 ) -> str | None:
+    """Why a kernel that holds whole rows of `x` cannot read these tensors of its shape and vectors of its width."""
     if x.dtype not in FLOATS:
         return f"x is {x.dtype}"
     for name, other in likes.items():
@@ -157,7 +158,7 @@ def _plan(
             return reason
     likes = {"residual": residual, "second residual": second}
     vectors = {"weight": weight, "bias": bias, "inner weight": inner_weight}
-    if reason := _refuse(x, likes, vectors):
+    if reason := refuse_inputs(x, likes, vectors):
         return reason
     strides = [0 if t is None else row_stride(t, name) for name, t in {"x": x, **likes}.items()]
     modulation = _modulations(x, mod_scale, mod_shift)
@@ -169,8 +170,10 @@ def _plan(
     if reason := store.refuse("norm", arch, static(rows), width):
         return reason
     codes = None if scheme is None else Scheme.parse(scheme)
-    dtype = x.dtype
-    for wider in (weight if rounding == BEFORE and kind else None, mod_scale, mod_shift):
+    # A weight of another dtype, multiplied behind the rounding, makes the norm wider.
+    plain = x.dtype if weight is None or not kind or rounding != BEFORE else torch.promote_types(x.dtype, weight.dtype)
+    dtype = plain
+    for wider in (mod_scale, mod_shift) if rounding != LAST else ():
         dtype = dtype if wider is None else torch.promote_types(dtype, wider.dtype)
     made = code_outputs(codes, shape)
     outputs = {
@@ -200,17 +203,19 @@ def _plan(
             "per_modulation": modulation[0],
             "scale_row": modulation[1],
             "shift_row": modulation[2],
-            "unit": None if mod_scale is None else 1.0,
+            "unit": None if mod_scale is None and inner_weight is None else 1.0,
             "eps": eps,
             "offset": weight_offset or None,
             "alpha": alpha if alpha != 1.0 else None,
             "NORM": kind,
-            "AFTER": rounding == AFTER,
+            "AFTER": rounding != BEFORE,
+            "LAST": rounding == LAST and mod_scale is not None,
+            "WIDE": plain != x.dtype,
             "WIDTH": width,
             "BLOCK": max(fewest_columns(codes), triton.next_power_of_2(width)),
             "ROWS": config.rows,
             "VECTOR": 16 // x.element_size(),
-            **scheme_constants(codes, x.dtype),
+            **scheme_constants(codes, dtype),
             "PDL": arch.has_pdl,
             "EARLY": False,
         },

@@ -58,7 +58,8 @@ def store_scale(scales, value, row, group, rows, GROUPS: tl.constexpr, LAYOUT: t
         inside = (row < (rows + 127) // 128 * 128) & (group < across * 4)
     elif LAYOUT == "column_major":
         unit: tl.constexpr = 128 // scales.dtype.element_ty.primitive_bitwidth
-        place = row + group * ((rows + unit - 1) // unit * unit).to(tl.int64)
+        # One row is a constant, not a tensor.
+        place = row + group.to(tl.int64) * ((rows + unit - 1) // unit * unit)
     else:
         place = row * GROUPS + group
     tl.store(scales + place, value.to(scales.dtype.element_ty), inside)
