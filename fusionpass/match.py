@@ -115,6 +115,19 @@ class Pattern:
             return False
         return self.anchor.target is not CAST or bool(node.args[1] == self.anchor.args[1])
 
+    def plausible(self, anchor: Node) -> bool:
+        """Whether the first operands above `anchor` have the operators of the pattern: quick, needed for a match."""
+        p, g = self.anchor, anchor
+        while p.op == "call_function":
+            if g.op != "call_function" or g.target is not p.target:
+                return False
+            if p.target in COMMUTATIVE or not p.args or not isinstance(p.args[0], Node):
+                return True
+            if not g.args or not isinstance(g.args[0], Node):
+                return False
+            p, g = p.args[0], g.args[0]
+        return True
+
     def search(self, anchor: Node) -> list[Match] | Attempt:
         """The matches around `anchor`, one for each that can be reached from it, or how far the search got."""
         attempt = Attempt(total=self.size)

@@ -83,7 +83,7 @@ def check(op: Op, arch: Arch, arguments: Mapping[str, Any], early: bool = False)
         tolerance = op.tolerance.get(name, EXACT)
         if arguments.get("inner_weight") is None:
             # What an op allows for a norm behind a norm is not for one alone.
-            if name == "residual" and output.dtype != torch.float32:
+            if name == "residual":
                 tolerance = EXACT
             if name == "norm" and "rounding" in arguments and arguments.get("mod_scale") is None:
                 tolerance = op.tolerance["norm"] if {"bias", "gate"} & set(arguments) else NORM

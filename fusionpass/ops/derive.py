@@ -15,8 +15,7 @@ from .quant.scheme import Scheme
 _TENSOR = torch.Tensor
 _OPTIONAL = torch.Tensor | None
 SUM = Tolerance(ulp=2, fraction=2e-3, fp32_ulp=8, cancels=2)
-"""Of a residual sum. It is exact in 16 bits, but where a norm is added, whose element may be one step off, or where
-float32 is scaled first: GPUs fuse that product with the sum."""
+"""Of a residual sum. It is exact, but where a norm is added, whose element may be one step off."""
 _TWICE = Tolerance(ulp=2, fraction=4e-3, fp32_ulp=32, cancels=2)
 """Of a norm behind a norm: the first one's differences come on top."""
 MORE = ("scale_2", "scale_3", "scale_4", "scale_5")

@@ -1,6 +1,6 @@
 """recognise: spelling → op. No op is made whose inputs, shapes and dtypes are not proven equal."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -28,14 +28,11 @@ def recognise(
     for anchor in list(graph.nodes):
         if anchor.op != "call_function" or anchor._erased or anchor.target not in index:
             continue
-        furthest: tuple[Attempt, Spelling] | None = None
         candidates: list[tuple[Spelling, list[Match]]] = []
         for spelling, patterns in index[anchor.target].items():
-            found = _search(spelling, patterns, anchor)
+            found = _search(spelling, [p for p in patterns if p.plausible(anchor)], anchor)
             if isinstance(found, list):
                 candidates.append((spelling, found))
-            elif found is not None and (furthest is None or found.matched > furthest[0].matched):
-                furthest = found, spelling
         # What takes most comes first: one row has one scale, and would pass for static; a cast would pass for an input.
         candidates.sort(key=lambda pair: -max(len(match.interior()) for match in pair[1]))
         refused: list[Record] = []
@@ -61,7 +58,8 @@ def recognise(
             # The first spelling is the longest: it says best what is in the way.
             refused = [record for record in refused if record.rule == refused[0].rule]
             # A mean or an exponential alone is no candidate; half a spelling around it is.
-            if not refused and furthest is not None:
+            furthest = None if refused else _furthest(index[anchor.target], anchor)
+            if furthest is not None:
                 attempt, spelling = furthest
                 if marks_a_site(anchor) or 2 * attempt.matched > attempt.total:
                     at = f" at {attempt.node.name}" if attempt.node is not None else ""
@@ -79,6 +77,16 @@ def recognise(
                 trace.refused = [r for r in trace.refused if r is not record or refusal is not None]
     # What a later match took is no miss.
     trace.missed += [record for anchor, record in missed.items() if not anchor._erased]
+
+
+def _furthest(spellings: Mapping[Spelling, list[Pattern]], anchor: Node) -> tuple[Attempt, Spelling] | None:
+    """The attempt that got furthest from an anchor where nothing matches."""
+    furthest: tuple[Attempt, Spelling] | None = None
+    for spelling, patterns in spellings.items():
+        found = _search(spelling, patterns, anchor)
+        if isinstance(found, Attempt) and (furthest is None or found.matched > furthest[0].matched):
+            furthest = found, spelling
+    return furthest
 
 
 def disabled(name: str, op: Op, disable: frozenset[str]) -> Refusal:

@@ -175,7 +175,8 @@ def norm_kernel(
     if inner is not None:
         h = normalised(h, v, None, eps, offset, inside, x, inner, WIDTH, False, AFTER, False)
     if alpha is not None:
-        h = (h * alpha).to(x.dtype.element_ty).to(tl.float32)
+        # Chosen by what the compiler does not know, or float32 would be scaled and added at once.
+        h = tl.where(unit > 0.0, h * alpha, 0.0).to(x.dtype.element_ty).to(tl.float32)
     if residual is not None:
         # LLVM turns arithmetic on widened 16-bit numbers into 16-bit arithmetic, and then a product and its sum into a
         # fused multiply-add, which skips the rounding in between: `unit` is 1, and hides that `r` was one.

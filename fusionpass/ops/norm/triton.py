@@ -203,7 +203,7 @@ def _plan(
             "per_modulation": modulation[0],
             "scale_row": modulation[1],
             "shift_row": modulation[2],
-            "unit": None if mod_scale is None and inner_weight is None else 1.0,
+            "unit": 1.0 if mod_scale is not None or inner_weight is not None or alpha != 1.0 else None,
             "eps": eps,
             "offset": weight_offset or None,
             "alpha": alpha if alpha != 1.0 else None,
