@@ -298,3 +298,17 @@ def test_a_gate_that_others_read_stays_out_of_the_norm() -> None:
     report = fusionpass.explain(function, X, X + 1, WEIGHT)
     assert report.count("rms_norm", rule="norm.llama") == 1, str(report)
     assert report.count("gated_rms_norm") == 0
+
+
+def test_a_sum_that_is_also_the_shift_is_not_folded() -> None:
+    def function(x: torch.Tensor, residual: torch.Tensor, by: torch.Tensor) -> Any:
+        total = x + residual
+        h = total.float()
+        norm = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        return norm * (1 + by) + total, total
+
+    report = fusionpass.explain(function, X, X + 1, X + 2)
+    assert report.count("rms_norm") == 1
+    (refused,) = report.refused
+    assert refused.rule == "norm.add"
+    assert "more than once" in refused.reason

@@ -157,6 +157,9 @@ def _fold(
     readers = [reader for node in kept.values() for reader in node.users if reader not in leaving]
     point = min([consumer, *readers])
     inputs = [a for a in arguments.values() if isinstance(a, Node)]
+    twice = [a for a in inputs if a in inside]
+    if twice:
+        return f"{twice[0].name} is read by {consumer.name} more than once"
     late = [a for a in inputs if not a < point]
     if late:
         return f"{late[0].name} is computed after {point.name} reads the {fold.output}"
