@@ -178,7 +178,6 @@ def _trace(
     made = [v.to(dtypes.get(k, v.dtype)) for k, v in inputs.items()]
     graph = make_fx(call, decomposition_table=select_decomp_table())(*made).graph
     normalize(graph)
-    graph.eliminate_dead_code()
     literals = repr([n.args for n in graph.nodes])
     for name, number in scalars.items():
         if isinstance(number, float) and repr(number) not in literals:

@@ -174,10 +174,8 @@ def _fold(
     for output, node in targets.items():
         if output not in by_name:
             return f"{fold.fused} does not return {output}"
-        views = _views(found.views, by_name[output], node) if output not in kept else None
-        difference = (
-            views if isinstance(views, str) else differs(views if views is not None else by_name[output], value(node))
-        )
+        viewed = by_name[output] if output in kept else _views(found.views, by_name[output], node)
+        difference = viewed if isinstance(viewed, str) else differs(viewed, value(node))
         if difference is not None:
             return f"{output}: {difference}"
     if verify:
@@ -228,9 +226,8 @@ def _producer_names(fold: Fold, found: _Found) -> tuple[str, ...]:
 def _kept(fold: Fold, consumer: Node, found: _Found) -> dict[str, Node]:
     """The producer's outputs that somebody besides this fold reads, by name."""
     path = {*found.views, consumer}
-    others = (
-        {fold.output: found.read} if any(u not in path for n in (found.read, *found.views) for u in n.users) else {}
-    )
+    readers = {user for node in (found.read, *found.views) for user in node.users}
+    others = {fold.output: found.read} if readers - path else {}
     if isinstance(fold.producer, Op) and not fold.producer.single:
         items = _outputs(fold.producer, found.nodes[-1])
         others |= {name: item for name, item in items.items() if item is not found.read and item.users}
