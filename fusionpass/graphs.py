@@ -86,15 +86,14 @@ def source_line(node: Node) -> str:
     return f"{found[-1][0]}:{found[-1][1]}, {found[-1][2].strip()}" if found else ""
 
 
-def mutated(first: Node, last: Node) -> str | None:
-    """The reason why nothing may move from `first` to `last`: something in between writes to memory. None: nothing."""
-    node = first
-    while node is not last and node.op != "output":
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-            return f"{node.name} writes to memory in between"
-        node = node.next
-    return None
+def writers(graph: Graph) -> list[Node]:
+    """The nodes that write to memory, in order."""
+    return [n for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable]
+
+
+def mutated(writers: Sequence[Node], first: Node, last: Node) -> str | None:
+    """The reason why nothing may move from `first` to `last`: one of `writers` is in between. None: nothing is."""
+    return next((f"{node.name} writes to memory in between" for node in writers if first < node < last), None)
 
 
 def outputs_of(node: Node) -> dict[int, Node]:

@@ -1,5 +1,6 @@
 """The matcher: structural, commutative, starts at a rare node, and remembers how far it got."""
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,6 +81,65 @@ class _State:
         return _State({**self.nodes, p: g}, self.scalars, self.half)
 
 
+_READER = -1
+
+
+@dataclass(frozen=True, eq=False)
+class _Path:
+    """A step from where `parent` leads: to an operand (None: any, else by position) or a reader, if it is as wanted.
+
+    Attributes:
+        target: what it calls; None: any node, an input of the spelling.
+        dtypes: of a cast or of an input.
+    """
+
+    parent: "_Path | None"
+    step: int | None
+    target: Any
+    dtypes: tuple[Any, ...] | None
+
+    def allows(self, node: Any) -> bool:
+        if not isinstance(node, Node):
+            return False
+        if self.target is None:
+            val = value(node)
+            return val is not None and val.dtype in (self.dtypes or ())
+        return node.target is self.target and (node.target is not CAST or node.args[1] in (self.dtypes or ()))
+
+
+_path = functools.cache(_Path)
+"""Equal paths are one object, over all patterns."""
+
+
+Reached = dict[_Path, list[Node]]
+"""Where paths lead from one anchor."""
+
+
+def _reach(path: _Path, anchor: Node, reached: Reached) -> list[Node]:
+    """The nodes to which `path` leads from `anchor`."""
+    found = reached.get(path)
+    if found is None:
+        if path.parent is None:
+            found = [anchor]
+        else:
+            near: list[Any] = []
+            for node in _reach(path.parent, anchor, reached):
+                if path.step == _READER:
+                    near += node.users
+                elif path.step is None:
+                    near += node.all_input_nodes
+                elif path.step < len(node.args):
+                    near.append(node.args[path.step])
+            found = [node for node in near if path.allows(node)]
+        reached[path] = found
+    return found
+
+
+def anchor_key(node: Node) -> Any:
+    """What a pattern's anchor and a graph's node have in common: the target, of a cast also the dtype."""
+    return (node.target, node.args[1]) if node.target is CAST else node.target
+
+
 @dataclass(eq=False)
 class Pattern:
     """A traced spelling to look for.
@@ -101,6 +161,7 @@ class Pattern:
     anchor: Node
     shapes: Mapping[tuple[Node, int], Sequence[int | str | None]] = field(default_factory=dict)
     order: list[Node] = field(init=False)
+    paths: list["_Path"] = field(init=False)
 
     def __post_init__(self) -> None:
         result = self.graph.find_nodes(op="output")[0].args[0]
@@ -108,25 +169,15 @@ class Pattern:
         self.size = sum(n.op == "call_function" for n in self.graph.nodes)
         # Forward steps only: a node's operands are matched with it.
         self.order = [n for n in self.graph.nodes if n.op == "call_function"]
+        self.paths = self._paths()
+        self.key = anchor_key(self.anchor)
 
-    def fits(self, node: Node) -> bool:
-        """Whether `node` could be the anchor."""
-        if node.target is not self.anchor.target:
-            return False
-        return self.anchor.target is not CAST or bool(node.args[1] == self.anchor.args[1])
+    def plausible(self, anchor: Node, reached: Reached) -> bool:
+        """Whether every path from the anchor leads somewhere: quick, needed for a match.
 
-    def plausible(self, anchor: Node) -> bool:
-        """Whether the first operands above `anchor` have the operators of the pattern: quick, needed for a match."""
-        p, g = self.anchor, anchor
-        while p.op == "call_function":
-            if g.op != "call_function" or g.target is not p.target:
-                return False
-            if p.target in COMMUTATIVE or not p.args or not isinstance(p.args[0], Node):
-                return True
-            if not g.args or not isinstance(g.args[0], Node):
-                return False
-            p, g = p.args[0], g.args[0]
-        return True
+        Patterns have most paths in common: `reached` keeps where each leads from this anchor.
+        """
+        return all(_reach(path, anchor, reached) for path in self.paths)
 
     def search(self, anchor: Node) -> list[Match] | Attempt:
         """The matches around `anchor`, one for each that can be reached from it, or how far the search got."""
@@ -140,6 +191,25 @@ class Pattern:
                 arguments = {name: done.nodes[p] for name, p in inputs if p in done.nodes}
                 found.setdefault(outputs, Match(done.nodes, outputs, {**arguments, **done.scalars}))
         return list(found.values()) or attempt
+
+    def _paths(self) -> list["_Path"]:
+        """A path from the anchor to each node: up to operands, down to readers."""
+        paths = {self.anchor: _path(None, None, self.anchor.target, None)}
+        waiting = [self.anchor]
+        while waiting:
+            node = waiting.pop()
+            places = [(None if node.target in COMMUTATIVE else i, a) for i, a in enumerate(node.args)]
+            near = [*((place, a) for place, a in places if isinstance(a, Node)), *((_READER, u) for u in node.users)]
+            for step, other in near:
+                if other in paths or other.op == "output":
+                    continue
+                cast = other.args[1] if other.target is CAST else None
+                val = value(other) if other.op == "placeholder" else None
+                dtype = cast if val is None else val.dtype
+                wanted = HALVES if dtype is self.half else (dtype,)
+                paths[other] = _path(paths[node], step, other.target if val is None else None, wanted)
+                waiting.append(other)
+        return list(paths.values())
 
     def _placeholders(self) -> list[Node]:
         return self.graph.find_nodes(op="placeholder")

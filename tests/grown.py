@@ -174,8 +174,9 @@ class _Gardener:
     def call(self, node: Node, names: Mapping[Node, str], nearly: bool) -> str:
         """The statement of a traced node, its operands in either order; if `nearly`, its literals one off."""
         args, kwargs = list(node.args), node.kwargs
-        pair = len(args) == 2 and isinstance(args[0], Node) and not kwargs
-        if pair and (self.chance(3) if node.target in COMMUTATIVE else nearly and isinstance(args[1], Node)):
+        # Two tensors: ATen itself rounds a number first where it stands first, which no model can write.
+        pair = len(args) == 2 and all(isinstance(arg, Node) for arg in args) and not kwargs
+        if pair and (self.chance(3) if node.target in COMMUTATIVE else nearly):
             args.reverse()
         if node.target is getitem:
             return f"{_text(args[0], names)}[{args[1]}]"

@@ -1,6 +1,6 @@
 """fuse: neighbouring ops → a larger op. No op is made whose inputs, shapes and dtypes are not proven equal."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -22,9 +22,10 @@ from ..graphs import (
     value,
     values,
     where,
+    writers,
 )
 from ..infer import Inference
-from ..match import Attempt
+from ..match import Attempt, anchor_key
 from ..op import OPS, Op, Refusal
 from ..report.trace import GraphTrace, Record, Site
 from ..rule import Fold
@@ -40,7 +41,7 @@ def fuse(
     verify: bool = False,
 ) -> None:
     """Fold neighbouring ops into larger ones, in place, until nothing changes; record the refused."""
-    folds, infer = list(folds), Inference()
+    folds, infer, written = list(folds), Inference(), writers(graph)
     refused: dict[tuple[str, str], Record] = {}
     changed = True
     while changed:
@@ -52,7 +53,11 @@ def fuse(
                 found = _producer(fold, node)
                 if found is None:
                     continue
-                refusal = found if isinstance(found, str) else _fold(graph, fold, node, found, infer, disable, verify)
+                refusal = (
+                    found
+                    if isinstance(found, str)
+                    else _fold(graph, fold, node, found, infer, written, disable, verify)
+                )
                 if refusal is None:
                     changed = True
                     # What another fold could not do with this reader does not matter any more.
@@ -122,7 +127,7 @@ def _made_by(fold: Fold, read: Node) -> tuple[Mapping[str, Any], tuple[Node, ...
     val = value(read)
     reason: Refusal = None
     for pattern in fold.patterns(val.device.type) if val is not None else ():
-        found = pattern.search(read) if pattern.fits(read) else None
+        found = pattern.search(read) if pattern.key == anchor_key(read) else None
         if isinstance(found, Attempt) and reason is None and pattern.size == 1:
             reason = found.reason
         for match in found if isinstance(found, list) else ():
@@ -134,7 +139,14 @@ def _made_by(fold: Fold, read: Node) -> tuple[Mapping[str, Any], tuple[Node, ...
 
 
 def _fold(
-    graph: Graph, fold: Fold, consumer: Node, found: _Found, infer: Inference, disable: frozenset[str], verify: bool
+    graph: Graph,
+    fold: Fold,
+    consumer: Node,
+    found: _Found,
+    infer: Inference,
+    written: Sequence[Node],
+    disable: frozenset[str],
+    verify: bool,
 ) -> Refusal:
     if reason := disabled(fold.name, fold.fused, disable):
         return reason
@@ -163,8 +175,8 @@ def _fold(
     late = [a for a in inputs if not a < point]
     if late:
         return f"{late[0].name} is computed after {point.name} reads the {fold.output}"
-    if written := mutated(min(found.nodes), point):
-        return written
+    if reason := mutated(written, min(found.nodes), point):
+        return reason
     results = infer(fold.fused, arguments)
     if isinstance(results, str):
         return results

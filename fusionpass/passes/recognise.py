@@ -1,13 +1,24 @@
 """recognise: spelling → op. No op is made whose inputs, shapes and dtypes are not proven equal."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch.fx import Graph, Node
 
-from ..graphs import differs, erase_unused, inherit, insert_outputs, marks_a_site, mutated, source_line, value, where
+from ..graphs import (
+    differs,
+    erase_unused,
+    inherit,
+    insert_outputs,
+    marks_a_site,
+    mutated,
+    source_line,
+    value,
+    where,
+    writers,
+)
 from ..infer import Inference
-from ..match import Attempt, Match, Pattern
+from ..match import Attempt, Match, Pattern, Reached, anchor_key
 from ..op import Op, Refusal
 from ..report.trace import GraphTrace, Record, Site
 from ..rule import Spelling
@@ -22,15 +33,17 @@ def recognise(
     verify: bool = False,
 ) -> None:
     """Replace each spelling by its op, in place; record the refused and the missed."""
-    infer, index = Inference(), _index(list(spellings), graph)
+    infer, index, written = Inference(), _index(list(spellings), graph), writers(graph)
     missed: dict[Node, Record] = {}
     shared: dict[Spelling, list[tuple[Match, Record]]] = {}
     for anchor in list(graph.nodes):
-        if anchor.op != "call_function" or anchor._erased or anchor.target not in index:
+        if anchor.op != "call_function" or anchor._erased or anchor_key(anchor) not in index:
             continue
+        near = index[anchor_key(anchor)]
+        reached: Reached = {}
         candidates: list[tuple[Spelling, list[Match]]] = []
-        for spelling, patterns in index[anchor.target].items():
-            found = _search(spelling, [p for p in patterns if p.plausible(anchor)], anchor)
+        for spelling, patterns in near.items():
+            found = _search(spelling, [p for p in patterns if p.plausible(anchor, reached)], anchor)
             if isinstance(found, list):
                 candidates.append((spelling, found))
         # What takes most comes first: one row has one scale, and would pass for static; a cast would pass for an input.
@@ -44,7 +57,7 @@ def recognise(
                 if any(node._erased for node in match.nodes.values()):
                     continue  # the one before it took what this one reads
                 refusal = disabled(spelling.name, spelling.op, disable) or _replace(
-                    graph, spelling, match, matches, infer, verify, note
+                    graph, spelling, match, matches, infer, written, verify, note
                 )
                 if refusal is not None:
                     refused.append(_record(spelling, match.root, refusal))
@@ -58,7 +71,7 @@ def recognise(
             # The first spelling is the longest: it says best what is in the way.
             refused = [record for record in refused if record.rule == refused[0].rule]
             # A mean or an exponential alone is no candidate; half a spelling around it is.
-            furthest = None if refused else _furthest(index[anchor.target], anchor)
+            furthest = None if refused else _furthest(near, anchor)
             if furthest is not None:
                 attempt, spelling = furthest
                 if marks_a_site(anchor) or 2 * attempt.matched > attempt.total:
@@ -72,7 +85,7 @@ def recognise(
         for match, record in waiting if len(together) > 1 else ():
             if match in together and record in trace.refused:
                 refusal = disabled(spelling.name, spelling.op, disable) or _replace(
-                    graph, spelling, match, together, infer, verify, ""
+                    graph, spelling, match, together, infer, written, verify, ""
                 )
                 trace.refused = [r for r in trace.refused if r is not record or refusal is not None]
     # What a later match took is no miss.
@@ -105,7 +118,7 @@ def _index(spellings: list[Spelling], graph: Graph) -> _Index:
     for spelling in spellings:
         for device in sorted(devices):
             for pattern in spelling.patterns(device):
-                index.setdefault(pattern.anchor.target, {}).setdefault(spelling, []).append(pattern)
+                index.setdefault(pattern.key, {}).setdefault(spelling, []).append(pattern)
     return index
 
 
@@ -113,8 +126,6 @@ def _search(spelling: Spelling, patterns: Iterable[Pattern], anchor: Node) -> li
     furthest: Attempt | None = None
     matches: dict[tuple[Node, ...], Match] = {}
     for pattern in patterns:
-        if not pattern.fits(anchor):
-            continue
         found = pattern.search(anchor)
         if isinstance(found, list) and spelling.refuse is not None:
             reasons = {match.outputs: spelling.refuse(match.arguments) for match in found}
@@ -141,6 +152,7 @@ def _replace(
     match: Match,
     together: Iterable[Match],
     infer: Inference,
+    written: Sequence[Node],
     verify: bool,
     note: str,
 ) -> Refusal:
@@ -159,7 +171,7 @@ def _replace(
         if difference is not None:
             return difference
     interior = match.interior()
-    point = _point(interior, [a for a in arguments.values() if isinstance(a, Node)], match.outputs)
+    point = _point(interior, [a for a in arguments.values() if isinstance(a, Node)], match.outputs, written)
     if isinstance(point, str):
         return point
     if verify and (wrong := check_rewrite(sorted(interior), match.outputs, op, arguments)):
@@ -176,7 +188,7 @@ def _replace(
     return None
 
 
-def _point(interior: set[Node], inputs: list[Node], outputs: Iterable[Node]) -> Node | str:
+def _point(interior: set[Node], inputs: list[Node], outputs: Iterable[Node], written: Sequence[Node]) -> Node | str:
     """Where an op can stand for `interior`: behind its inputs, in front of its readers, with no write in between."""
     point = min(outputs)
     late = max(inputs)
@@ -185,4 +197,4 @@ def _point(interior: set[Node], inputs: list[Node], outputs: Iterable[Node]) -> 
         readers = [user for output in outputs for user in output.users if user not in interior and user < point]
         if readers:
             return f"{late.name} is computed after {readers[0].name} reads the result"
-    return mutated(min(interior), point) or point
+    return mutated(written, min(interior), point) or point
