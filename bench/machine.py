@@ -25,7 +25,7 @@ def facts(commit: str | None = None) -> dict[str, str]:
     import triton
 
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": commit or _commit(),

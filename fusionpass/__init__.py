@@ -2,7 +2,7 @@
 
 from . import ops
 from .arch import Arch
-from .compile import assert_fused, compile, dynamo_backend, report
+from .compile import assert_fused, compile, dynamo_backend, release, report
 from .config import Config
 from .errors import FusionpassError
 from .op import EXACT, Backend, Op, Refusal, Tolerance, op
@@ -17,5 +17,5 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "EXACT", "Arch", "Backend", "Config", "Fold", "FusionpassError", "Op", "Record", "Refusal", "Report", "Spelling",
     "Tolerance",
-    "assert_fused", "compile", "dump", "dynamo_backend", "explain", "op", "ops", "quantize_", "report",
+    "assert_fused", "compile", "dump", "dynamo_backend", "explain", "op", "ops", "quantize_", "release", "report",
 ]  # fmt: skip

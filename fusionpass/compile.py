@@ -1,66 +1,22 @@
-"""fusionpass.compile, the Dynamo backend, and what it remembers of each call."""
+"""fusionpass.compile, the Dynamo backend, and what is asked of a compiled model."""
 
-import logging
-import warnings
+import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 
-from . import inductor, pipeline
+from . import inductor
 from .config import Config
-from .errors import ConfigError, MissError, NotCompiledError, nearest
+from .errors import ConfigError, NotCompiledError, nearest
 from .op import OPS
-from .report.dump import active_dump, write_graph
 from .report.trace import Report
-
-log = logging.getLogger("fusionpass")
+from .session import Session
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Session:
-    """The state of one `compile` call: its options and its report. Nothing is shared between two of them."""
-
-    def __init__(self, config: Config, title: str = "") -> None:
-        self.config = config
-        self.report = Report(title)
-
-    def __call__(self, gm: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-        """The Dynamo backend."""
-        config, trace = self.config, self.report.new_graph()
-        trace.graph_break = inductor.graph_break(gm)
-        folders = [folder for folder in (config.dump_dir, active_dump()) if folder is not None]
-
-        def early(graph: Graph) -> None:
-            if inductor.is_training(graph):
-                trace.skipped = "it has a backward; fused ops serve inference (use torch.no_grad or inference_mode)"
-                return
-            pipeline.run(pipeline.early(config, trace), graph, config, trace, keep=bool(folders))
-
-        def late(graph: Graph, parameters: frozenset[Node]) -> None:
-            if not trace.skipped:
-                pipeline.run(pipeline.late(config, trace, parameters), graph, config, trace, keep=bool(folders))
-                self._judge(trace.index)
-
-        compiled = inductor.compile_graph(gm, inputs, config, trace, early, late)
-        for folder in folders:
-            write_graph(folder, trace)
-        log.info("%s", self.report)
-        return compiled
-
-    def _judge(self, index: int) -> None:
-        trace = self.report.graphs[index]
-        misses = [*trace.refused, *trace.missed]
-        if not misses or self.config.on_miss == "ignore":
-            return
-        text = "\n".join(str(record) for record in misses)
-        if self.config.on_miss == "error":
-            raise MissError(f"{len(misses)} sites did not fuse:\n{text}", next_step="See fusionpass.report")
-        warnings.warn(f"fusionpass: {len(misses)} sites did not fuse:\n{text}", stacklevel=2)
 
 
 _SESSIONS: "weakref.WeakKeyDictionary[Any, Session]" = weakref.WeakKeyDictionary()
@@ -85,6 +41,9 @@ def compile(model: F, config: Config | None = None, **overrides: Any) -> F:
     if isinstance(model, torch.nn.Module):
         session = Session(made, type(model).__name__)
         model.compile(backend=session, **inductor.ISOLATED)
+        if hasattr(model, "get_compiled_call"):
+            # transformers' generate would compile the model once more around this, for itself, and leave us out.
+            vars(model)["get_compiled_call"] = types.MethodType(_compiled_call, model)
         _SESSIONS[model] = session
         return model
     if not callable(model):
@@ -95,18 +54,37 @@ def compile(model: F, config: Config | None = None, **overrides: Any) -> F:
     return compiled  # type: ignore[return-value]
 
 
+def _compiled_call(model: torch.nn.Module, *_: Any, **__: Any) -> Callable[..., Any]:
+    return model.__call__
+
+
 def report(model: Any) -> Report:
     """What fused in a compiled model or function, what did not and why, over everything that has run so far.
 
     Raises:
         NotCompiledError: `fusionpass.compile` was not called on it.
     """
+    return _session(model, "report").report
+
+
+def release(model: Any) -> None:
+    """Let go of the CUDA graphs of a compiled model or function, and of their memory.
+
+    The model stays compiled: later calls capture anew.
+
+    Raises:
+        NotCompiledError: `fusionpass.compile` was not called on it.
+    """
+    _session(model, "release").release()
+
+
+def _session(model: Any, caller: str) -> Session:
     session = _SESSIONS.get(model)
     if session is None:
         raise NotCompiledError(
-            f"{type(model).__name__} was not compiled", "report", "Call fusionpass.compile(model) first"
+            f"{type(model).__name__} was not compiled", caller, "Call fusionpass.compile(model) first"
         )
-    return session.report
+    return session
 
 
 def assert_fused(

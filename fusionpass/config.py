@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _CHOICES = {
     "numerics": ("fast", "eager"),
-    "cuda_graphs": ("auto", "off"),
+    "cuda_graphs": ("auto", "piecewise", "full", "off"),
     "on_miss": ("ignore", "warn", "error"),
 }
 _PASSES = ("normalize", "recognise", "fuse")
@@ -31,7 +31,16 @@ class Config:
             out.
         numerics: "eager" keeps every intermediate rounding of eager mode; "fast" lets Inductor drop those that it
             drops by default (it keeps float32 between operators).
-        cuda_graphs: "off", or "auto", which is "off" in this release: piecewise and full capture are not there yet.
+        cuda_graphs: "full": one CUDA graph a call; "piecewise": one a piece, with attention outside; "auto": full where
+            every op can be captured, else piecewise; "off".
+        capture_sizes: token counts to capture at the first call, and to pad other calls to where rows are proven
+            independent; None: sizes are captured as they come, at their second call.
+        boundaries: operators that stay out of CUDA graphs, and where the graph is cut: "lib::op", or the full name of a
+            function.
+        graph_limit: how many CUDA graphs are kept; the least recently used is dropped.
+        graph_memory: how many MiB they may hold together; None: no limit.
+        cache: keep compiled pieces on disk, so that the next process starts warm.
+        cache_dir: where; None: "fusionpass" in the user's cache folder.
         on_miss: what happens when something that looks like a fusion site did not fuse: "ignore" records it in the
             report, "warn" also warns, "error" raises `MissError`.
         verify: run every rewrite beside what it replaces, on random and awkward inputs of the traced shapes, before it
@@ -49,6 +58,12 @@ class Config:
     disable: frozenset[str] = frozenset()
     numerics: str = "fast"
     cuda_graphs: str = "auto"
+    capture_sizes: tuple[int, ...] | None = None
+    boundaries: frozenset[str] = frozenset()
+    graph_limit: int = 64
+    graph_memory: int | None = None
+    cache: bool = True
+    cache_dir: Path | None = None
     on_miss: str = "ignore"
     verify: bool = False
     dump_dir: Path | None = None
@@ -56,24 +71,26 @@ class Config:
     rules: tuple["Spelling | Fold", ...] = ()
 
     def __post_init__(self) -> None:
-        if self.cuda_graphs in ("piecewise", "full"):
-            raise ConfigError(f"cuda_graphs={self.cuda_graphs!r} is not there yet", "Config", 'Pass "off" or "auto"')
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r} does not exist", "Config", nearest(str(value), choices))
-        if not isinstance(self.verify, bool):
-            raise ConfigError(f"verify={self.verify!r} is not a bool", "Config", "Pass True or False")
-        given: object = self.disable
-        names = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [None]
-        if not all(isinstance(name, str) for name in names):
-            raise ConfigError(f"disable={given!r} is not a collection of names", "Config", 'Pass {"norm.llama"}')
-        object.__setattr__(self, "disable", frozenset(names))
-        folder: object = self.dump_dir
-        if isinstance(folder, str | Path):
-            object.__setattr__(self, "dump_dir", Path(folder))
-        elif folder is not None:
-            raise ConfigError(f"dump_dir={folder!r} is not a path", "Config", 'Pass "some/folder"')
+        for name in ("verify", "cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool", "Config", "Pass True or False")
+        for name, example in (("disable", '{"norm.llama"}'), ("boundaries", '{"lib::op"}')):
+            object.__setattr__(self, name, _names(name, getattr(self, name), example))
+        for name in ("dump_dir", "cache_dir"):
+            folder: object = getattr(self, name)
+            if isinstance(folder, str | Path):
+                object.__setattr__(self, name, Path(folder))
+            elif folder is not None:
+                raise ConfigError(f"{name}={folder!r} is not a path", "Config", 'Pass "some/folder"')
+        object.__setattr__(self, "capture_sizes", _sizes(self.capture_sizes))
+        for name, least in (("graph_limit", 1), ("graph_memory", 0)):
+            number: object = getattr(self, name)
+            if not (_is_int(number) and number >= least) and not (name == "graph_memory" and number is None):  # type: ignore[operator]
+                raise ConfigError(f"{name}={number!r} is not an int of at least {least}", "Config", "Pass 64")
         target: object = self.target
         if target is not None and not isinstance(target, Arch):
             raise ConfigError(f"target={target!r} is not an Arch", "Config", 'Pass fusionpass.Arch("sm_90")')
@@ -95,6 +112,26 @@ class Config:
             if name not in (known := _can_be_disabled() | {rule.name for rule in made.rules}):
                 raise ConfigError(f"disable names {name!r}, which does not exist", "Config", nearest(name, known))
         return made
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _names(field: str, given: object, example: str) -> frozenset[str]:
+    names: list[Any] = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{field}={given!r} is not a collection of names", "Config", f"Pass {example}")
+    return frozenset(names)
+
+
+def _sizes(given: object) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    sizes: list[Any] = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [None]
+    if not sizes or not all(_is_int(size) and size > 0 for size in sizes):
+        raise ConfigError(f"capture_sizes={given!r} is not a collection of token counts", "Config", "Pass (1, 8, 64)")
+    return tuple(sorted(set(sizes)))
 
 
 def _checked(rules: object) -> tuple["Spelling | Fold", ...]:
@@ -121,11 +158,15 @@ def _from_environment(fields: Iterable[str]) -> Config:
         text = os.environ.get(f"FUSIONPASS_{name.upper()}")
         if not text or name == "rules":
             continue
-        if name == "disable":
+        if name in ("disable", "boundaries"):
             values[name] = frozenset(part.strip() for part in text.split(",") if part.strip())
         elif name == "target":
             values[name] = Arch(text)
-        elif name == "verify":
+        elif name == "capture_sizes":
+            values[name] = [int(part) if part.strip().isdecimal() else part for part in text.split(",")]
+        elif name in ("graph_limit", "graph_memory"):
+            values[name] = int(text) if text.isdecimal() else text
+        elif name in ("verify", "cache"):
             values[name] = {"1": True, "true": True, "0": False, "false": False}.get(text.lower(), text)
         else:
             values[name] = text

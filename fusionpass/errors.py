@@ -67,6 +67,10 @@ class NotCompiledError(FusionpassError):
     """A report was asked for a model that fusionpass has not compiled."""
 
 
+class RecompileWarning(UserWarning):
+    """Something was compiled again and again: soon Dynamo gives up on it."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A next step that names the closest of `known` to `name`, and all of them."""
     known = sorted(known)

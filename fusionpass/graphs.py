@@ -38,13 +38,13 @@ def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
 def same_number(a: Any, b: Any) -> bool:
     """Equality of constants once rounded to float32, since tracing on some devices has already rounded them.
 
-    Integers are equal or not: some are the bits of something.
+    Integers are equal or not: some are the bits of something. Where `b` is no number, they are not equal.
     """
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    if not isinstance(a, int | float) or not isinstance(b, int | float):
+    if not isinstance(b, int | float):
         return False
     return a == b or _fp32(a) == _fp32(b) or (a != a and b != b)
 
@@ -64,10 +64,8 @@ def is_view_of_rows(node: Node) -> bool:
     """Whether a node only regroups rows: its last dimension is its input's."""
     if node.target not in VIEWS:
         return False
-    before, after = value(node.args[0]), value(node)  # type: ignore[arg-type]
-    if before is None or after is None or before.dim() == 0 or after.dim() == 0:
-        return False
-    return same_shape(before.shape[-1:], after.shape[-1:])
+    before = value(node.args[0])  # type: ignore[arg-type]
+    return before is not None and same_shape(before.shape[-1:], node.meta["val"].shape[-1:])
 
 
 def where(node: Node) -> str:
@@ -132,11 +130,10 @@ def inherit(node: Node, val: Any, extra: Mapping[str, Any] | None = None) -> dic
     return {**kept, "val": val, **(extra or {})}
 
 
-def differs(new: torch.Tensor, old: torch.Tensor | None) -> str | None:
+def differs(new: torch.Tensor, old: torch.Tensor) -> str | None:
     """The reason why `new` cannot stand for `old`; None: shape, dtype and strides are the same."""
-    if old is None or new.dtype != old.dtype or not same_shape(new.shape, old.shape):
-        expected = f"{old.dtype}{list(old.shape)}" if old is not None else "no tensor"
-        return f"the op would return {new.dtype}{list(new.shape)}, the graph has {expected}"
+    if new.dtype != old.dtype or not same_shape(new.shape, old.shape):
+        return f"the op would return {new.dtype}{list(new.shape)}, the graph has {old.dtype}{list(old.shape)}"
     steps = zip(new.shape, new.stride(), old.stride(), strict=True)
     if any(not statically_known_true(a == b) and not statically_known_true(size == 1) for size, a, b in steps):
         return f"the op would return strides {tuple(new.stride())}, the graph has {tuple(old.stride())}"

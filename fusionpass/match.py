@@ -136,8 +136,10 @@ def _reach(path: _Path, anchor: Node, reached: Reached) -> list[Node]:
 
 
 def anchor_key(node: Node) -> Any:
-    """What a pattern's anchor and a graph's node have in common: the target, of a cast also the dtype."""
-    return (node.target, node.args[1]) if node.target is CAST else node.target
+    """What a pattern's anchor and a graph's node have in common: the target, of a cast also the dtype or its kind."""
+    if node.target is not CAST:
+        return node.target
+    return node.target, HALVES if node.args[1] in HALVES else node.args[1]
 
 
 @dataclass(eq=False)
@@ -171,6 +173,7 @@ class Pattern:
         self.order = [n for n in self.graph.nodes if n.op == "call_function"]
         self.paths = self._paths()
         self.key = anchor_key(self.anchor)
+        self.targets = {node.target for node in self.order}
 
     def plausible(self, anchor: Node, reached: Reached) -> bool:
         """Whether every path from the anchor leads somewhere: quick, needed for a match.
@@ -231,24 +234,23 @@ class Pattern:
         if all(p in state.nodes for p in self.outputs):
             yield state
 
-    def _node(self, state: _State, p: Node, g: Any, attempt: Attempt) -> Iterator[_State]:
+    def _node(self, state: _State, p: Node, g: Node, attempt: Attempt) -> Iterator[_State]:
         if p in state.nodes:
-            if state.nodes[p] is g:
-                yield state
-            elif isinstance(g, Node):
+            if state.nodes[p] is not g:
                 reason = f"expected {state.nodes[p].name} here, since the spelling reads one value twice"
                 attempt.fail(_count(state) - 1, g, reason)
-            return
-        if not isinstance(g, Node):
+                return
+            yield state
             return
         if p.op == "placeholder":
-            bound = self._dtype(state, value(p), value(g))
+            val = value(g)
+            bound = self._literal(state, p.meta["val"].dtype, val.dtype) if val is not None else None
             if bound is None:
                 attempt.fail(_count(state), g, f"expected a tensor like {_type(p)}, found {_type(g)}")
-            else:
-                yield bound.with_node(p, g)
+                return
+            yield bound.with_node(p, g)
             return
-        if g.op != "call_function" or g.target is not p.target:
+        if g.target is not p.target:
             attempt.fail(_count(state), g, f"expected {_name(p)}, found {_name(g)}")
             return
         if len(p.args) != len(g.args) or set(p.kwargs) != set(g.kwargs):
@@ -277,6 +279,7 @@ class Pattern:
         if isinstance(p, Node):
             if not isinstance(actual, Node):
                 attempt.fail(_count(state) - 1, g, f"expected a tensor, found the constant {actual}")
+                return
             for deeper in self._node(state, p, actual, attempt):
                 yield from self._arguments(deeper, rest, g, attempt)
             return
@@ -291,7 +294,7 @@ class Pattern:
             if isinstance(sentinel, float) and p == -sentinel and isinstance(actual, int | float):
                 p, actual = sentinel, -actual  # the spelling has its negative
             if isinstance(p, float) and isinstance(sentinel, float) and p == sentinel:
-                if not isinstance(actual, int | float) or not same_number(state.scalars.get(name, actual), actual):
+                if not same_number(state.scalars.get(name, actual), actual):
                     return None
                 return _State(state.nodes, {**state.scalars, name: float(actual)}, state.half)
         if p is self.half:
@@ -303,20 +306,11 @@ class Pattern:
         if isinstance(p, list | tuple):
             if not isinstance(actual, list | tuple) or len(p) != len(actual):
                 return None
-            for a, b in zip(p, actual, strict=True):
-                found = self._literal(state, a, b)
-                if found is None:
-                    return None
-                state = found
-            return state
+            # No parameter stands in a list: sizes are bound as shapes.
+            return state if all(self._literal(state, a, b) for a, b in zip(p, actual, strict=True)) else None
         if isinstance(p, torch.device) and isinstance(actual, torch.device):
             return state if p.type == actual.type else None
-        return state if p == actual and not isinstance(actual, Node) else None
-
-    def _dtype(self, state: _State, p: torch.Tensor | None, g: torch.Tensor | None) -> _State | None:
-        if p is None or g is None:
-            return None
-        return self._literal(state, p.dtype, g.dtype)
+        return state if p == actual else None
 
 
 def _bind_sizes(state: _State, wanted: Sequence[int | str | None], actual: Sequence[Any]) -> _State | None:

@@ -1,11 +1,14 @@
 """The passes in order, one line each."""
 
+import inspect
 import time
 from collections.abc import Callable
+from typing import Any
 
 from torch.fx import Graph, Node
 
 from .config import Config
+from .op import Op
 from .passes.cleanup import cleanup
 from .passes.exact import keep_reductions
 from .passes.fuse import fuse
@@ -44,6 +47,17 @@ def late(config: Config, trace: GraphTrace, parameters: frozenset[Node] = frozen
         *([("keep_reductions", keep_reductions)] if config.numerics == "eager" else []),
         ("cleanup", cleanup),
     ]
+
+
+def own_functions(config: Config) -> list[Callable[..., Any]]:
+    """The functions that a user's own rules consist of."""
+    found: list[Any] = []
+    for rule in config.rules:
+        for value in vars(rule).values():
+            found += [v for v in (value if isinstance(value, tuple) else (value,)) if inspect.isfunction(v)]
+        ops = [value for value in vars(rule).values() if isinstance(value, Op)]
+        found += [op.reference for op in ops]
+    return found
 
 
 def run(passes: list[Pass], graph: Graph, config: Config, trace: GraphTrace, *, keep: bool) -> None:

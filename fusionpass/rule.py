@@ -3,7 +3,7 @@
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,14 +53,26 @@ class Spelling:
     constants: Mapping[str, Any] = field(default_factory=dict, hash=False)
     refuse: Callable[[Mapping[str, Any]], Refusal] | None = None
 
-    @functools.cache  # noqa: B019  (a rule lives as long as the process)
-    def patterns(self, device: str) -> list[Pattern]:
-        """The graphs of this spelling on `device` ("cpu" or "cuda").
+    def patterns(self, device: str, present: Container[Any] | None = None) -> list[Pattern]:
+        """The graphs of this spelling on `device` ("cpu" or "cuda"), one for each combination of dtypes.
+
+        Args:
+            device: where the graphs are.
+            present: the operators of the graph to look in: where it lacks one that the spelling has, in whatever
+                dtypes, only the first combination is traced, for the sake of the reason. None: all are.
 
         Raises:
             RuleError: a number among the parameters does not appear in the traced graph.
         """
-        return _patterns(f"Spelling {self.name}", self.function, self.op, device, _anchors)
+        first = self._some(device, 0, 1)
+        rare = {target for pattern in first for target in pattern.targets} - {*_COMMON}
+        if present is not None and not all(target in present for target in rare):
+            return first
+        return first + self._some(device, 1, None)
+
+    @functools.cache  # noqa: B019  (a rule lives as long as the process)
+    def _some(self, device: str, start: int, stop: int | None) -> list[Pattern]:
+        return _patterns(f"Spelling {self.name}", self.function, self.op, device, _anchors, start, stop)
 
 
 @dataclass(frozen=True)
@@ -116,13 +128,20 @@ class Fold:
 
 
 def _patterns(
-    where: str, function: Callable[..., Any], op: Op, device: str, anchors: Callable[[Graph], list[Node]]
+    where: str,
+    function: Callable[..., Any],
+    op: Op,
+    device: str,
+    anchors: Callable[[Graph], list[Node]],
+    start: int = 0,
+    stop: int | None = None,
 ) -> list[Pattern]:
+    """The patterns of the combinations of dtypes from `start` to `stop`."""
     found: list[Pattern] = []
     with FakeTensorMode(), torch.no_grad():
         inputs, scalars = _inputs(function, op, device, 0)
         free = [k for k, v in inputs.items() if v.dtype == HALF]
-        for dtypes in itertools.product((HALF, torch.float32), repeat=len(free)):
+        for dtypes in itertools.islice(itertools.product((HALF, torch.float32), repeat=len(free)), start, stop):
             kinds = dict(zip(free, dtypes, strict=True))
             try:
                 graph = _trace(function, inputs, kinds, scalars, where)

@@ -52,4 +52,6 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Tests put other functions in the place of ours, which no key knows of; tests of the cache turn it on.
+    os.environ["FUSIONPASS_CACHE"] = "0"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -24,6 +24,12 @@ def test_defaults():
         "disable": frozenset(),
         "numerics": "fast",
         "cuda_graphs": "auto",
+        "capture_sizes": None,
+        "boundaries": frozenset(),
+        "graph_limit": 64,
+        "graph_memory": None,
+        "cache": True,
+        "cache_dir": None,
         "on_miss": "ignore",
         "verify": False,
         "dump_dir": None,
@@ -87,10 +93,18 @@ def test_it_cannot_be_changed():
         ({"rules": RULE}, "rules=.* is not a collection of rules"),
         ({"rules": ["norm.llama"]}, r"rules=\['norm.llama'\] is not a collection of rules"),
         ({"disable": {"mine.norm"}}, "disable names 'mine.norm', which does not exist"),
-        ({"cuda_graphs": "piecewise"}, "cuda_graphs='piecewise' is not there yet"),
+        ({"cuda_graphs": "pieces"}, "cuda_graphs='pieces' does not exist. Did you mean 'piecewise'"),
+        ({"capture_sizes": (0, 8)}, r"capture_sizes=\(0, 8\) is not a collection of token counts"),
+        ({"capture_sizes": ()}, r"capture_sizes=\(\) is not a collection of token counts"),
+        ({"boundaries": "lib::op"}, "boundaries='lib::op' is not a collection of names"),
+        ({"graph_limit": 0}, "graph_limit=0 is not an int of at least 1"),
+        ({"graph_limit": None}, "graph_limit=None is not an int of at least 1"),
+        ({"graph_memory": -1}, "graph_memory=-1 is not an int of at least 0"),
+        ({"cache": "yes"}, "cache='yes' is not a bool"),
+        ({"cache_dir": 3}, "cache_dir=3 is not a path"),
         ({"numeric": "eager"}, "there is no option 'numeric'. Did you mean 'numerics'"),
         ({"dumpdir": "x"}, "there is no option 'dumpdir'. Did you mean 'dump_dir'"),
-        ({"zzz": 1}, "there is no option 'zzz'. Known: cuda_graphs, disable"),
+        ({"zzz": 1}, "there is no option 'zzz'. Known: boundaries, cache, "),
     ],
 )
 def test_mistakes(overrides, message):
@@ -126,6 +140,12 @@ ENVIRONMENT = [
     ("NUMERICS", "", "numerics", "fast"),
     ("VERIFY", "1", "verify", True),
     ("VERIFY", "false", "verify", False),
+    ("CAPTURE_SIZES", "64, 1,8", "capture_sizes", (1, 8, 64)),
+    ("BOUNDARIES", "lib::op, lib::other", "boundaries", frozenset({"lib::op", "lib::other"})),
+    ("GRAPH_LIMIT", "3", "graph_limit", 3),
+    ("GRAPH_MEMORY", "300", "graph_memory", 300),
+    ("CACHE", "1", "cache", True),
+    ("CACHE_DIR", "some/folder", "cache_dir", Path("some/folder")),
 ]
 
 
@@ -148,6 +168,8 @@ def test_environment(monkeypatch, variable, text, field, value):
         ("ON_MISS", "fail", ConfigError, "on_miss='fail' does not exist"),
         ("DISABLE", "norm.lama", ConfigError, "Did you mean 'norm.llama'"),
         ("TARGET", "sm90", ArchError, "Did you mean 'sm_90'"),
+        ("CAPTURE_SIZES", "1,many", ConfigError, "is not a collection of token counts"),
+        ("GRAPH_LIMIT", "few", ConfigError, "graph_limit='few' is not an int"),
     ],
 )
 def test_mistakes_in_the_environment(monkeypatch, variable, text, error, message):

@@ -93,13 +93,15 @@ def test_count():
 def test_to_dict_is_json():
     report = _report(([NORM], [REFUSED], []), ([NORM], [], [MISSED]))
     report.graphs[0].kernels = 3
-    report.graphs[1].graph_break = "print"
+    report.model_graphs[1].graph_break = "print"
     report.graphs[1].skipped = "it has a backward"
     plain = report.to_dict()
     assert json.loads(json.dumps(plain)) == json.loads(json.dumps(report.to_dict()))
     assert plain["title"] == "Tiny"
     assert plain["kernels"] == 3
-    assert plain["graphs"][1] == {"index": 1, "kernels": 0, "graph_break": "print", "skipped": "it has a backward"}
+    assert plain["graphs"][1] == {"index": 1, "kernels": 0, "skipped": "it has a backward", "cached": False}
+    assert plain["model_graphs"][1]["graph_break"] == "print"
+    assert [piece["graph"] for piece in plain["model_graphs"][1]["pieces"]] == [1]
     (fused,) = json.loads(json.dumps(plain))["fused"]
     assert fused == {
         "op": "add_rms_norm_quantize",
@@ -118,7 +120,7 @@ def test_to_dict_is_json():
 def test_text_counts_what_fused_and_names_what_did_not():
     report = _report(([NORM, OTHER, PLAIN], [REFUSED], [MISSED]))
     report.graphs[0].kernels = 5
-    report.new_graph().graph_break = "call to print"
+    report.new_graph("call to print")
     report.new_graph().skipped = "it has a backward"
     assert str(report).splitlines() == [
         "Tiny: 3 fused, 1 refused, 1 missed; 3 graphs, 5 kernels",

@@ -49,6 +49,7 @@ def test_a_fold_must_have_all_arguments() -> None:
         Fold("mine", (lambda a, b: a + b,), rms_norm, add_rms_norm, "residual")
     with pytest.raises(RuleError, match=r"nothing gives the arguments \['residual'\] of fusionpass.add_rms_norm"):
         Fold("mine", rms_norm, rms_norm, add_rms_norm, "norm")
+    assert Fold("mine", rms_norm, rms_norm, add_rms_norm, "norm", join=lambda given, asked: "never").join is not None
 
 
 def test_a_spelling_of_ones_own() -> None:

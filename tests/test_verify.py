@@ -10,6 +10,7 @@ from fusionpass import Config, Fold, Spelling
 from fusionpass.errors import MissError
 from fusionpass.ops import add_rms_norm, rms_norm
 from fusionpass.ops.norm import AFTER
+from fusionpass.ops.quant import Scheme, quantized
 from tests.models import Block, LlamaNorm, static
 
 X = torch.zeros(6, 64, dtype=torch.bfloat16)
@@ -28,6 +29,19 @@ def explained(function: Any, *args: torch.Tensor, **options: Any) -> fusionpass.
 def test_true_rewrites_pass() -> None:
     report = explained(model, X, X, torch.tensor(0.5))
     assert report.count("add_rms_norm_quantize", scheme="fp8_static") == 1, str(report)
+    assert not report.refused
+
+
+@pytest.mark.parametrize("scheme", ["fp8_static", "fp8_token"])
+def test_a_fold_across_a_view_of_the_rows(scheme: str) -> None:
+    def regrouped(x: torch.Tensor, residual: torch.Tensor, scale: torch.Tensor) -> Any:
+        total = x + residual
+        codes = quantized(NORM(total).view(-1, 64), scale if scheme == "fp8_static" else None, Scheme.parse(scheme))
+        return codes, total
+
+    x = X.view(2, 3, 64)
+    report = explained(regrouped, x, x, torch.tensor(0.5))
+    assert report.count("add_rms_norm_quantize", scheme=scheme) == 1, str(report)
     assert not report.refused
 
 

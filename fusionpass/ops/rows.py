@@ -48,7 +48,7 @@ def row_count(tensor: torch.Tensor) -> Any:
     return math.prod(tensor.shape[:-1])
 
 
-def row_stride(tensor: torch.Tensor, name: str) -> Any:
+def row_stride(tensor: torch.Tensor, name: str) -> Any | str:
     """The one stride, in elements, from each row of the last dimension to the next, or why there is none (a str)."""
     if tensor.dim() == 0:
         return f"{name} has no dimensions"

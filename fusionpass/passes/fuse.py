@@ -156,9 +156,6 @@ def _fold(
     arguments, renamed = joined
     kept = _kept(fold, consumer, found)
     flags = fold.fused.options
-    for output in kept:
-        if output not in flags and output not in _producer_names(fold, found):
-            return f"{output} is also read by others, and {fold.fused} cannot return it"
     arguments |= {flag: output in kept or bool(found.asked.get(flag)) for output, flag in flags.items()}
     arguments = fold.fused.bind((), {k: v for k, v in arguments.items() if k in fold.fused.signature.parameters})
 
@@ -185,9 +182,9 @@ def _fold(
     targets = {**kept, **{renamed.get(name, name): node for name, node in consumed.items()}}
     for output, node in targets.items():
         if output not in by_name:
-            return f"{fold.fused} does not return {output}"
+            return f"{fold.fused} does not return {output}, which is read"
         viewed = by_name[output] if output in kept else _views(found.views, by_name[output], node)
-        difference = viewed if isinstance(viewed, str) else differs(viewed, value(node))
+        difference = viewed if isinstance(viewed, str) else differs(viewed, node.meta["val"])
         if difference is not None:
             return f"{output}: {difference}"
     if verify:
@@ -227,14 +224,6 @@ def _outputs(op: Op, node: Node) -> dict[str, Node]:
     return {names[i]: item for i, item in outputs_of(node).items()}
 
 
-def _producer_names(fold: Fold, found: _Found) -> tuple[str, ...]:
-    """What the producer returns whether asked for or not."""
-    if not isinstance(fold.producer, Op) or fold.producer.single:
-        return ()
-    names = fold.producer.outputs(found.given)
-    return tuple(name for name in names if name not in fold.producer.options)
-
-
 def _kept(fold: Fold, consumer: Node, found: _Found) -> dict[str, Node]:
     """The producer's outputs that somebody besides this fold reads, by name."""
     path = {*found.views, consumer}
@@ -248,8 +237,8 @@ def _kept(fold: Fold, consumer: Node, found: _Found) -> dict[str, Node]:
 
 def _views(views: tuple[Node, ...], result: torch.Tensor, old: Node) -> torch.Tensor | str:
     """`result` with the rows grouped as in `old`, itself where they are; or why there is no such view."""
-    expected = value(old)
-    if not views or expected is None or same_shape(result.shape, expected.shape):
+    expected: torch.Tensor = old.meta["val"]
+    if not views or same_shape(result.shape, expected.shape):
         return result
     mode: FakeTensorMode = result.fake_mode  # type: ignore[attr-defined]
     try:

@@ -69,8 +69,8 @@ def _rearranged(scales: Node) -> Node | None:
     chain = [scales]
     while len(chain[-1].users) == 1 and (reader := next(iter(chain[-1].users))).target in _MOVES:
         chain.append(reader)
-    val = value(scales)
-    if len(chain) == 1 or val is None or not all(isinstance(size, int) for size in val.shape):
+    val = scales.meta["val"]
+    if len(chain) == 1 or not all(isinstance(size, int) for size in val.shape):
         return None
     with _disable_current_modes(), unset_fake_temporarily():
         ends = set(chain)

@@ -106,12 +106,12 @@ def _squares(node: Node) -> bool:
 def _keep_dimension(node: Node) -> None:
     """`reduce(x, [d]).unsqueeze(d)` as `reduce(x, [d], keepdim=True)`."""
     source: Any = node.args[0]
-    val = value(node)
-    if source.target not in (aten.mean.dim, aten.amax.default, aten.amin.default) or val is None:
+    if source.target not in (aten.mean.dim, aten.amax.default, aten.amin.default):
         return
-    dims = source.args[1] if len(source.args) > 1 else []
+    dims = (source.args[1] if len(source.args) > 1 else None) or []
     kept = len(source.args) > 2 and source.args[2]
-    if kept or source.kwargs or len(dims) != 1 or node.args[1] % val.dim() != dims[0] % val.dim():  # type: ignore[operator]
+    rank = node.meta["val"].dim()
+    if kept or source.kwargs or len(dims) != 1 or node.args[1] % rank != dims[0] % rank:
         return
     node.target, node.args = source.target, (source.args[0], dims, True)
 
@@ -131,11 +131,10 @@ def _reinterpret_once(node: Node) -> None:
 def _reinterpret_last(node: Node, make: _Make) -> None:
     """`x.view(dtype).view(shape)` as `x.view(shape).view(dtype)`."""
     source: Any = node.args[0]
-    val = value(node)
-    if val is None or not _same_width(source):
+    if not _same_width(source):
         return
-    inner, dtype = source.args
-    with val.fake_mode:  # type: ignore[attr-defined]
+    val, (inner, dtype) = node.meta["val"], source.args
+    with val.fake_mode:
         shaped = make(node.target, (inner, *node.args[1:]), val.view(inner.meta["val"].dtype))
     node.target, node.args = aten.view.dtype, (shaped, dtype)
 
@@ -143,9 +142,9 @@ def _reinterpret_last(node: Node, make: _Make) -> None:
 def _literal(node: Node) -> None:
     """A constant of one number, `torch.tensor(3)` in the model, as `torch.full([], 3)`."""
     source: Any = node.args[0]
-    module, val = node.graph.owning_module, value(node)
+    module, val = node.graph.owning_module, node.meta["val"]
     constant = getattr(module, source.target, None) if source.op == "get_attr" else None
-    if not isinstance(constant, torch.Tensor) or constant.dim() != 0 or val is None:
+    if not isinstance(constant, torch.Tensor) or constant.dim() != 0:
         return
     with unset_fake_temporarily():
         node.target, node.args = aten.full.default, ([], constant.item())
@@ -171,15 +170,13 @@ def _no_op(node: Node) -> Node | None:
     """The input of a node that changes nothing."""
     if node.target not in (*VIEWS, CAST, aten.view.dtype, aten.expand.default, aten.alias.default, aten.detach.default):
         return None
-    source = node.args[0]
-    if not isinstance(source, Node):
-        return None
-    before, after = value(source), value(node)
-    if before is None or after is None or before.dtype != after.dtype:
+    source: Any = node.args[0]
+    before, after = value(source), node.meta["val"]
+    if before is None or before.dtype != after.dtype:
         return None
     if not same_shape(before.shape, after.shape) or not same_shape(before.stride(), after.stride()):
         return None
-    return source
+    return source  # type: ignore[no-any-return]
 
 
 def _pure(node: Node) -> bool:
@@ -187,7 +184,7 @@ def _pure(node: Node) -> bool:
         return True
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return node.kwargs.get("is_pure") is True
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+    if not isinstance(node.target, torch._ops.OpOverload):
         return False
     # An uninitialised buffer is not a value: two of them may be written apart.
     if node.target.overloadpacket in (aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty):

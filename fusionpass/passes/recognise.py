@@ -6,6 +6,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from ..graphs import (
+    CAST,
     differs,
     erase_unused,
     inherit,
@@ -114,10 +115,14 @@ _Index = dict[Any, dict[Spelling, list[Pattern]]]
 def _index(spellings: list[Spelling], graph: Graph) -> _Index:
     """The patterns by what they are anchored at, each spelling's together, for the devices in the graph."""
     devices = {val.device.type for node in graph.nodes if (val := value(node)) is not None}
+    present = {node.target for node in graph.nodes}
+    coded = any(node.target is CAST and marks_a_site(node) for node in graph.nodes)
     index: _Index = {}
     for spelling in spellings:
+        if "scheme" in spelling.constants and not coded:
+            continue  # they start at a cast to codes; tracing them takes a while
         for device in sorted(devices):
-            for pattern in spelling.patterns(device):
+            for pattern in spelling.patterns(device, present):
                 index.setdefault(pattern.key, {}).setdefault(spelling, []).append(pattern)
     return index
 
@@ -167,7 +172,7 @@ def _replace(
     if len(results) != len(match.outputs):
         return f"the op would return {len(results)} values, the spelling has {len(match.outputs)}"
     for result, output in zip(results, match.outputs, strict=True):
-        difference = differs(result, value(output))
+        difference = differs(result, output.meta["val"])
         if difference is not None:
             return difference
     interior = match.interior()

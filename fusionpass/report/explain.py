@@ -39,8 +39,7 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
     device = _device(options.target)
 
     def backend(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        trace = report.new_graph()
-        trace.graph_break = inductor.graph_break(gm)
+        trace = report.new_graph(inductor.graph_break(gm))
 
         def run(graph: Graph) -> None:
             passes = [*pipeline.early(options, trace), *pipeline.late(options, trace)]

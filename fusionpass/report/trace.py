@@ -3,8 +3,11 @@
 import collections
 import dataclasses
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from ..runtime.notes import Memory
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,12 @@ class Record:
     rules: tuple[str, ...] = ()
     graphs: tuple[int, ...] = ()
 
+    @staticmethod
+    def of(fields: Mapping[str, Any]) -> "Record":
+        """The record of which `fields` are the JSON values."""
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return Record(**plain)
+
     def __str__(self) -> str:
         head = f"{self.where or '<no module>'}: {self.op}"
         details = ", ".join(part for part in (self.scheme, self.rule, self.backend) if part)
@@ -65,7 +74,9 @@ class GraphTrace:
         snapshots: (name, text) before the first pass and after each that changed something.
         sources: the code that Inductor generated.
         kernels: how many kernels that code defines.
-        graph_break: why Dynamo ended the graph early, if it did.
+        skipped: why the passes left it alone; empty if they did not.
+        seconds: of each pass.
+        cached: whether its code, and these records with it, came from the cache on disk.
     """
 
     index: int
@@ -75,29 +86,102 @@ class GraphTrace:
     snapshots: list[tuple[str, str]] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     kernels: int = 0
-    graph_break: str = ""
     skipped: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
+    cached: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON values, for the cache."""
+        return dataclasses.asdict(self)
+
+    def update(self, saved: Mapping[str, Any]) -> None:
+        """Take over what `to_dict` gave in another process."""
+        for kind in ("fused", "refused", "missed"):
+            setattr(self, kind, [Record.of(fields) for fields in saved[kind]])
+        self.snapshots = [(name, text) for name, text in saved["snapshots"]]
+        self.sources, self.kernels, self.skipped = list(saved["sources"]), saved["kernels"], saved["skipped"]
+        self.seconds, self.cached = dict(saved["seconds"]), True
+
+
+@dataclass(frozen=True)
+class PieceRecord:
+    """A piece of one of Dynamo's graphs.
+
+    Attributes:
+        name: "piece_3"; the number counts within its graph.
+        graph: the `GraphTrace` of its code, by index: alike pieces have it in common. None: its operators run eagerly.
+        why: why the graph was cut in front of it; empty for the first.
+        boundary: why it stays out of CUDA graphs by itself; empty if it does not.
+        modules: the first and the last module that its operators come from.
+        paths: for the modules of the piece that was compiled, what they are called here, where that is another name.
+    """
+
+    name: str
+    graph: int | None
+    why: str = ""
+    boundary: str = ""
+    modules: tuple[str, str] = ("", "")
+    paths: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        span = " to ".join(dict.fromkeys(path for path in self.modules if path))
+        code = "runs eagerly" if self.graph is None else f"graph {self.graph}"
+        return f"{self.name}: {code}{f', {span}' if span else ''}{f'; cut: {self.why}' if self.why else ''}"
+
+
+@dataclass
+class ModelGraph:
+    """One of Dynamo's graphs.
+
+    Attributes:
+        index: in order of compilation.
+        graph_break: why Dynamo ended it early, if it did.
+        recompiled: the guard that failed, where there is a graph of the same code already.
+        pieces: in order.
+        replay: how it runs under CUDA graphs, a `runtime.notes.ProgramNote`; None where it does not.
+    """
+
+    index: int
+    graph_break: str = ""
+    recompiled: str = ""
+    pieces: list[PieceRecord] = field(default_factory=list)
+    replay: Any = None
 
 
 class Report:
     """What fused, what did not, and why, over every graph compiled so far.
 
     Attributes:
-        graphs: a `GraphTrace` per compiled graph, in order. The same site compiled again (another shape, prefill and
-            decode) is one record in `fused`, `refused` and `missed`, with the graphs that have it.
+        model_graphs: a `ModelGraph` per graph of Dynamo's, in order; each consists of pieces.
+        graphs: a `GraphTrace` per compiled graph, in order: pieces that are alike have one in common. The same site
+            compiled again (another shape, prefill and decode) is one record in `fused`, `refused` and `missed`, with
+            the graphs that have it.
     """
 
     def __init__(self, title: str = "") -> None:
         self.title = title
+        self.model_graphs: list[ModelGraph] = []
         self.graphs: list[GraphTrace] = []
+        self.graph_memory: Callable[[], Memory] = lambda: Memory((), 0)
         self._lock = threading.Lock()
 
-    def new_graph(self) -> GraphTrace:
-        """A trace for the next graph."""
+    def new_model_graph(self, graph_break: str = "", recompiled: str = "") -> ModelGraph:
+        """A record for the next of Dynamo's graphs."""
+        with self._lock:
+            self.model_graphs.append(ModelGraph(len(self.model_graphs), graph_break, recompiled))
+            return self.model_graphs[-1]
+
+    def new_trace(self) -> GraphTrace:
+        """A trace for the next graph to compile."""
         with self._lock:
             self.graphs.append(GraphTrace(len(self.graphs)))
             return self.graphs[-1]
+
+    def new_graph(self, graph_break: str = "") -> GraphTrace:
+        """A trace for the next of Dynamo's graphs, where that is one piece."""
+        trace = self.new_trace()
+        self.new_model_graph(graph_break).pieces.append(PieceRecord("piece_0", trace.index))
+        return trace
 
     @property
     def fused(self) -> list[Record]:
@@ -116,13 +200,33 @@ class Report:
 
     @property
     def kernels(self) -> int:
-        """Kernels (Triton or C++ functions) that Inductor's code defines, over all graphs."""
-        return sum(graph.kernels for graph in self.graphs)
+        """Kernels (Triton or C++ functions) that one run of every graph calls."""
+        return sum(self.graphs[piece.graph].kernels for piece in self.pieces if piece.graph is not None)
+
+    @property
+    def pieces(self) -> list[PieceRecord]:
+        """The pieces of all graphs, in order."""
+        return [piece for graph in self.model_graphs for piece in graph.pieces]
+
+    @property
+    def distinct_pieces(self) -> int:
+        """How many different pieces were compiled."""
+        return len({piece.graph for piece in self.pieces if piece.graph is not None})
 
     @property
     def graph_breaks(self) -> list[str]:
         """Why Dynamo cut the model into several graphs; nothing fuses across."""
-        return [graph.graph_break for graph in self.graphs if graph.graph_break]
+        return [graph.graph_break for graph in self.model_graphs if graph.graph_break]
+
+    @property
+    def recompiles(self) -> list[str]:
+        """The guards that failed, one for each graph that was compiled again."""
+        return [graph.recompiled for graph in self.model_graphs if graph.recompiled]
+
+    @property
+    def memory(self) -> Memory:
+        """What the CUDA graphs cost: bytes in all, and for each captured size."""
+        return self.graph_memory()
 
     def count(self, op: str, scheme: str | None = None, rule: str | None = None) -> int:
         """How many sites run `op`, optionally only those of one scheme or made by one rule."""
@@ -130,23 +234,35 @@ class Report:
 
     def _merged(self, kind: str) -> list[Record]:
         sites: dict[tuple[Any, ...], list[Record]] = {}
-        for graph in self.graphs:
+        for model_graph in self.model_graphs:
             seen: collections.Counter[Any] = collections.Counter()
-            for record in getattr(graph, kind):
-                # Another shape may be run by another backend, for another reason: it is the same site.
-                site = (record.op, record.rules or record.rule, record.where, record.source, record.scheme)
-                seen[site] += 1
-                sites.setdefault((site, seen[site]), []).append(dataclasses.replace(record, graphs=(graph.index,)))
+            for piece in model_graph.pieces:
+                for record in [] if piece.graph is None else getattr(self.graphs[piece.graph], kind):
+                    where = piece.paths.get(record.where, record.where)
+                    # Another shape may be run by another backend, for another reason: it is the same site.
+                    site = (record.op, record.rules or record.rule, where, record.source, record.scheme)
+                    seen[site] += 1
+                    here = dataclasses.replace(record, where=where, graphs=(piece.graph,))
+                    sites.setdefault((site, seen[site]), []).append(here)
         return [_one(records) for records in sites.values()]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         kinds = {kind: [dataclasses.asdict(r) for r in getattr(self, kind)] for kind in ("fused", "refused", "missed")}
         graphs = [
-            {"index": g.index, "kernels": g.kernels, "graph_break": g.graph_break, "skipped": g.skipped}
-            for g in self.graphs
+            {"index": g.index, "kernels": g.kernels, "skipped": g.skipped, "cached": g.cached} for g in self.graphs
         ]
-        return {"title": self.title, "kernels": self.kernels, "graphs": graphs, **kinds}
+        models = [
+            {
+                "index": graph.index,
+                "graph_break": graph.graph_break,
+                "recompiled": graph.recompiled,
+                "pieces": [dataclasses.asdict(piece) for piece in graph.pieces],
+                "replay": None if graph.replay is None else dataclasses.asdict(graph.replay),
+            }
+            for graph in self.model_graphs
+        ]
+        return {"title": self.title, "kernels": self.kernels, "graphs": graphs, "model_graphs": models, **kinds}
 
     def __str__(self) -> str:
         if not self.graphs:
@@ -157,13 +273,21 @@ class Report:
         fused, refused, missed = self.fused, self.refused, self.missed
         lines = [
             f"{self.title or 'fusionpass'}: {len(fused)} fused, {len(refused)} refused, {len(missed)} missed; "
-            f"{len(self.graphs)} graphs, {self.kernels} kernels"
+            f"{len(self.model_graphs)} graphs, {self.kernels} kernels"
         ]
+        if len(self.pieces) > len(self.model_graphs):
+            cached = sum(graph.cached for graph in self.graphs)
+            lines.append(
+                f"  {len(self.pieces)} pieces, {self.distinct_pieces} distinct, {cached} of them from the cache"
+            )
         counts = collections.Counter((r.op, r.scheme, r.backend) for r in fused)
         lines += [
             f"  {n:4} x {op}{f' {scheme}' if scheme else ''} ({backend})" for (op, scheme, backend), n in counts.items()
         ]
         lines += [f"  graph break: {reason}" for reason in self.graph_breaks]
+        lines += [f"  recompiled: {reason}" for reason in self.recompiles]
+        replays = [g.replay for g in self.model_graphs if g.replay is not None and g.replay.mode != "off"]
+        lines += [f"  {line}" for replay in replays for line in str(replay).splitlines()]
         lines += [f"  graph {g.index} left alone: {g.skipped}" for g in self.graphs if g.skipped]
         for title, records in (("refused", refused), ("missed", missed)):
             lines += [f"{title}:"] if records else []
@@ -174,7 +298,7 @@ class Report:
 
 def _one(records: list[Record]) -> Record:
     """The records of one site in several graphs as one; where they differ, the reason says in which graph."""
-    graphs = tuple(index for record in records for index in record.graphs)
+    graphs = tuple(dict.fromkeys(index for record in records for index in record.graphs))
     backends = list(dict.fromkeys(record.backend for record in records))
     reasons = list(dict.fromkeys(record.reason for record in records))
     reason = reasons[0] if len(reasons) == 1 else "; ".join(f"graph {r.graphs[0]}: {r.reason}" for r in records)

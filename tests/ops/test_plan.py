@@ -54,7 +54,7 @@ def test_tensors():
     assert reason(quantize, scale=torch.ones((), dtype=torch.int32)).startswith("triton: the scale is torch.int32")
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 64), (1, 5, 64), (3, 1, 64), (64,), (0, 64)])
+@pytest.mark.parametrize("shape", [(2, 3, 64), (1, 5, 64), (3, 1, 64), (64,), (0, 64), (3, 0, 64)])
 def test_leading_dimensions_become_rows(shape):
     x = torch.ones(*shape[:-1], 80, dtype=torch.bfloat16)[..., :64]
     launch, why = rms_norm.plan(H100, sample(rms_norm, x=x))

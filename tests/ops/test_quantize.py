@@ -300,3 +300,9 @@ def test_the_op_returns_what_its_reference_does():
 def test_errors(x, scale, text, error, message):
     with pytest.raises(error, match=message):
         quantize(x, scale, text)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0)])
+def test_a_given_scale_takes_no_maximum(shape):
+    (codes,) = quantize.reference(torch.ones(shape), torch.ones(()), "fp8_static")
+    assert codes.shape == shape

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fusionpass.op import OPS
 from fusionpass.ops.quant import quantize
 from fusionpass.ops.quant.layout import swizzled
+from fusionpass.passes import layout
 from fusionpass.passes.layout import lay_out
 
 Rearrange = Callable[[torch.Tensor], torch.Tensor]
@@ -98,9 +99,18 @@ def test_scales_that_others_read_stay() -> None:
     assert schemes(graph) == ["mxfp8"]
 
 
-def test_sizes_that_are_not_known() -> None:
+def test_nothing_is_run_where_nothing_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's scales are large, and there are many of them."""
+    monkeypatch.setattr(layout, "swizzled", None)
+    graph, _ = traced(lambda x: [part + 1 for part in quantize(x, scheme="mxfp8")], torch.randn(4, 256).bfloat16())
+    lay_out(graph)
+    assert schemes(graph) == ["mxfp8"]
+
+
+@pytest.mark.parametrize("rearrange", [swizzled, lambda scales: scales.view(torch.int8)])
+def test_sizes_that_are_not_known(rearrange: Rearrange) -> None:
     def model(x: torch.Tensor) -> torch.Tensor:
-        return swizzled(quantize(x, scheme="mxfp8")[1])
+        return rearrange(quantize(x, scheme="mxfp8")[1])
 
     graph = make_fx(model, tracing_mode="symbolic")(torch.randn(4, 256).bfloat16()).graph
     lay_out(graph)

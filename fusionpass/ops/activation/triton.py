@@ -24,9 +24,6 @@ from ..quant.epilogue import (
 from ..quant.scheme import Scheme
 from ..rows import FLOATS, alike, known, row_count, row_stride, static
 
-WIDEST = 32768
-"""Columns that one program holds in registers, where a whole row shares a scale."""
-
 
 @triton.jit
 def sigmoid(x):
@@ -257,8 +254,6 @@ def _plan(
         return strides
     codes = None if scheme is None else Scheme.parse(scheme)
     whole = codes is not None and codes.granularity == "token"
-    if whole and width > WIDEST:
-        return f"rows of {width} columns do not fit in registers (at most {WIDEST})"
     rows, shape = row_count(gate), tuple(gate.shape)
     block = int(triton.next_power_of_2(width)) if whole else block_of(static(rows), width)
     block = max(block, fewest_columns(codes))

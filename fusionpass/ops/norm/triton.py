@@ -101,8 +101,9 @@ def _modulation(x: torch.Tensor, by: torch.Tensor | None) -> tuple[Any, Any] | s
     """Rows of `x` that share a row of `by`, and the stride between its rows; a reason where there is no such number."""
     if by is None:
         return 1, 0
-    if by.dtype not in FLOATS or by.device != x.device or not known(by.stride(-1) == 1):
-        return f"the modulation is {by.dtype} with strides {tuple(by.stride())} on {by.device}"
+    wide = by.dim() > 0 and known(by.shape[-1] == x.shape[-1]) and known(by.stride(-1) == 1)
+    if not wide or by.dtype not in FLOATS or by.device != x.device:
+        return f"the modulation is {by.dtype} {tuple(by.shape)} with strides {tuple(by.stride())} on {by.device}"
     ahead = (1,) * (x.dim() - by.dim()) + tuple(by.shape[:-1])
     if all(known(size == 1) for size in ahead):
         return 1, 0
@@ -150,11 +151,9 @@ def _plan(
     residual_out: bool = False,
     **more: torch.Tensor | None,
 ) -> Launch | str:
-    if scheme is not None and (reason := refuse_scheme(arch, scale, scheme, x)):
-        return reason
     extra = {name: s for name, s in more.items() if s is not None}
-    for other in extra.values():
-        if scheme is not None and (reason := refuse_scheme(arch, other, scheme, x)):
+    for given in (scale, *extra.values()):
+        if scheme is not None and (reason := refuse_scheme(arch, given, scheme, x)):
             return reason
     likes = {"residual": residual, "second residual": second}
     vectors = {"weight": weight, "bias": bias, "inner weight": inner_weight}

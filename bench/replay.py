@@ -1,0 +1,124 @@
+"""CUDA graphs at work: the time of a decode step by mode, beside one graph made by hand, and the memory of many sizes.
+
+`python -m bench.replay --layers 8 --out FILE`.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fusionpass
+from bench.machine import facts, require_gpu
+from bench.start import model
+
+MODES = ("full", "piecewise", "by hand")
+FILLED = 64
+
+
+def step(made: Any, batch: int, length: int) -> Callable[[], Any]:
+    """A decode step of `batch` texts with a static cache of `length`, `FILLED` of which are there before."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=made.config, max_cache_len=length)
+    made(input_ids=torch.randint(0, 32768, (batch, FILLED), device="cuda"), past_key_values=cache, use_cache=True)
+    ids = torch.randint(0, 32768, (batch, 1), device="cuda")
+    # Each step adds a token; attention reads the whole static cache whatever is in it.
+    return lambda: made(input_ids=ids, past_key_values=cache, use_cache=True).logits
+
+
+def by_hand(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call in one CUDA graph that nobody checks."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def rate(calls: dict[str, Callable[[], Any]], rounds: int = 9, repeats: int = 20) -> dict[str, float]:
+    """Microseconds of each call, in turns: the median over the rounds."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(5):
+            call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            torch.cuda.synchronize()
+            found[name].append((time.perf_counter() - start) / repeats * 1e6)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def measure_steps(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The time of a decode step per layer, for each batch."""
+    made = {mode: model(options.layers, options.width, options.scheme, "cuda") for mode in MODES}
+    for mode, compiled in made.items():
+        fusionpass.compile(compiled, cuda_graphs="off" if mode == "by hand" else mode)
+    cells = []
+    for batch in options.batch:
+        calls = {mode: step(compiled, batch, options.length) for mode, compiled in made.items()}
+        for call in calls.values():
+            for _ in range(4):
+                call()
+        calls["by hand"] = by_hand(calls["by hand"])
+        times = rate(calls)
+        cell = {"batch": batch, **{mode: round(t / options.layers, 2) for mode, t in times.items()}}
+        cells.append(cell | {f"{mode} / by hand": round(times[mode] / times["by hand"], 3) for mode in MODES[:2]})
+        print(json.dumps(cells[-1]), flush=True)
+    return cells
+
+
+def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
+    """What the graphs of all sizes cost, beside what one call without any costs at its peak."""
+    sizes = (1, *range(8, options.largest + 1, 8))
+    made = fusionpass.compile(
+        model(options.layers, options.width, options.scheme, "cuda"), cuda_graphs="full", capture_sizes=sizes
+    )
+
+    def call(tokens: int) -> None:
+        made(input_ids=torch.randint(0, 32768, (1, tokens), device="cuda"), use_cache=False)
+
+    call(7)
+    call(options.largest + 5)  # another size: from here on it is a symbol
+    torch.cuda.synchronize()
+    memory = fusionpass.report(made).memory
+    found = {"sizes": len(sizes), "graphs": len(memory.graphs), "MiB": round(memory.total / 2**20, 1)}
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m bench.replay", description=__doc__)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--length", type=int, default=512, help="of the static cache; the steps must fit")
+    parser.add_argument("--largest", type=int, default=256, help="of the captured sizes")
+    parser.add_argument("--scheme", default="fp8_token")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", help="where the checkout cannot say it")
+    options = parser.parse_args()
+    require_gpu()
+    with torch.inference_mode():
+        found = {"memory": measure_memory(options), "steps": measure_steps(options)}
+    if options.out:
+        plain = {k: v for k, v in vars(options).items() if k not in ("out", "commit")}
+        options.out.write_text(json.dumps({**facts(options.commit), **plain, **found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

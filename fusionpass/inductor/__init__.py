@@ -1,0 +1,23 @@
+"""Every touch of Inductor's, AOTAutograd's and Dynamo's internals.
+
+tests/test_inductor.py fails when a torch release moves one of them.
+"""
+
+from .launches import register_lowerings
+from .pieces import Compiled, compile_graph, is_training, kernels_in, restore, trace_graph
+from .sizes import holds, keep_strides, size_check
+from .state import (
+    ISOLATED,
+    graph_break,
+    hardware,
+    options_digest,
+    package_digest,
+    recompile_reason,
+    warm_up,
+)
+
+__all__ = [
+    "ISOLATED", "Compiled", "compile_graph", "graph_break", "hardware", "holds", "is_training", "keep_strides",
+    "kernels_in", "options_digest", "package_digest", "recompile_reason", "register_lowerings", "restore",
+    "size_check", "trace_graph", "warm_up",
+]  # fmt: skip

@@ -1,0 +1,85 @@
+"""What Dynamo and Inductor say of themselves: options, versions, why they were called."""
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import GraphModule
+
+
+@functools.cache
+def package_digest() -> str:
+    """A hash of the package's own sources: any change to a pass, an op or a kernel invalidates Inductor's caches."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*")):
+        if path.suffix in (".py", ".json"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+)
+"""Options of `torch.compile` for a limit of recompiles of one's own (from torch 2.14): Dynamo counts by code object."""
+
+
+def warm_up() -> None:
+    """Let Inductor's compile workers start while Dynamo traces; kernels are compiled one by one until they have."""
+    from torch._inductor import async_compile
+
+    async_compile.maybe_warm_pool()
+    async_compile.AsyncCompile.use_process_pool()
+
+
+def graph_break(gm: GraphModule) -> str:
+    """Why Dynamo ended this graph early; empty if it did not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return str(reason.reason) if reason is not None and reason.graph_break else ""
+
+
+def recompile_reason() -> str:
+    """The guard that failed, inside a backend that Dynamo calls since it did; empty at a first compilation."""
+    from torch._dynamo.utils import get_metrics_context
+
+    reason = str(getattr(get_metrics_context(), "_metrics", {}).get("recompile_reason") or "")
+    return reason.partition("\n")[0]
+
+
+_USERS_PASSES = (
+    "pre_grad_custom_pass",
+    "joint_custom_pre_pass",
+    "joint_custom_post_pass",
+    "post_grad_custom_pre_pass",
+    "post_grad_custom_post_pass",
+    "_pre_fusion_custom_pass",
+    "_post_fusion_custom_pass",
+)
+
+
+def options_digest() -> str | None:
+    """A hash of Inductor's and AOTAutograd's options; None where a pass of the user's says not what it is."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config as inductor_config
+
+    parts: list[Any] = [inductor_config.save_config_portable(), functorch_config.save_config_portable()]
+    for name in _USERS_PASSES:
+        given = getattr(inductor_config, name, None)
+        for function in given if isinstance(given, list | tuple) else [given] if given is not None else []:
+            parts.append(function.uuid() if isinstance(function, CustomGraphPass) else None)
+            if parts[-1] is None:
+                return None
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def hardware(inputs: Sequence[Any]) -> list[str]:
+    """The GPUs that code for `inputs` is made for."""
+    devices = {x.device for x in inputs if isinstance(x, torch.Tensor) and x.device.type == "cuda"}
+    if not devices or not torch.cuda.is_available():
+        return sorted(map(str, devices))
+    known = [torch.cuda.get_device_properties(device) for device in devices]
+    return sorted({f"{p.name} {p.major}.{p.minor} {p.multi_processor_count}" for p in known})

@@ -1,0 +1,1 @@
+"""What runs a compiled model: its pieces, their cache, CUDA graphs."""

@@ -1,0 +1,182 @@
+"""The state of one `compile` call: its options, its report, its compiled pieces and their CUDA graphs."""
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from . import inductor, pipeline
+from .config import Config
+from .errors import MissError, RecompileWarning
+from .op import OPS
+from .report.dump import active_dump, write_graph
+from .report.trace import GraphTrace, Report
+from .runtime.build import Builder, Request
+from .runtime.cache import Cache, CacheWarning, Entry
+from .runtime.cuda_graphs import Graphs
+from .runtime.keys import digest, environment, source_digest
+
+log = logging.getLogger("fusionpass")
+
+STORM = 8
+"""Compilations of one function, above which Dynamo's default gives up on it."""
+
+
+@dataclass(frozen=True)
+class _Code:
+    """A compiled piece and where its records are."""
+
+    compiled: inductor.Compiled
+    graph: int
+
+
+class Session:
+    """The state of one `compile` call. Nothing is shared between two of them."""
+
+    def __init__(self, config: Config, title: str = "") -> None:
+        self.config = config
+        self.report = Report(title)
+        self.graphs = Graphs(config.cuda_graphs, config.capture_sizes, config.graph_limit, config.graph_memory)
+        self.report.graph_memory = lambda: self.graphs.memory
+        if torch.cuda.is_available():
+            inductor.warm_up()
+        self._codes: dict[str, list[_Code]] = {}
+        self._cache = _cache(config)
+        alone = config.cuda_graphs == "piecewise"
+        self._builder = Builder(self._piece, config.boundaries, alone)
+
+    def __call__(self, gm: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        """The Dynamo backend."""
+        record = self.report.new_model_graph(inductor.graph_break(gm), inductor.recompile_reason())
+        self._warn_of_storm()
+        known = len(self.report.graphs)
+        trains = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+        program = self._builder.build(gm, inputs, record, whole=trains)
+        for trace in self.report.graphs[known:]:
+            for folder in self._folders():
+                write_graph(folder, trace)
+        self._judge(self.report.graphs[known:])
+        log.info("%s", self.report)
+        if trains:
+            return program.run
+        sizes = [value for value in inputs if isinstance(value, torch.SymInt)]
+        program = replace(program, holds=inductor.size_check(sizes))
+        run = self.graphs.wrap(program, f"graph {record.index}")
+        record.replay = self.graphs.notes[-1]
+        return run
+
+    def release(self) -> None:
+        """Let go of all CUDA graphs and their memory."""
+        self.graphs.release()
+
+    def _folders(self) -> list[Any]:
+        return [folder for folder in (self.config.dump_dir, active_dump()) if folder is not None]
+
+    def _piece(self, request: Request, note: Callable[[int], None]) -> inductor.Compiled:
+        """The code of a piece: of an alike one, from the cache, or compiled."""
+        name = request.fingerprint.digest()
+        for code in self._codes.get(name, ()):
+            if inductor.holds(code.compiled.guards, request.inputs):
+                note(code.graph)
+                return code.compiled
+        trace = self.report.new_trace()
+        note(trace.index)
+        key = self._key(request)
+        compiled = self._load(key, request, trace) or self._compile(key, request, trace)
+        self._codes.setdefault(name, []).append(_Code(compiled, trace.index))
+        return compiled
+
+    def _compile(self, key: str | None, request: Request, trace: GraphTrace) -> inductor.Compiled:
+        config, keep = self.config, bool(self._folders())
+
+        def early(graph: Graph) -> None:
+            if inductor.is_training(graph):
+                trace.skipped = "it has a backward; fused ops serve inference (use torch.no_grad or inference_mode)"
+                return
+            pipeline.run(pipeline.early(config, trace), graph, config, trace, keep=keep)
+
+        def late(graph: Graph, parameters: frozenset[Node]) -> None:
+            if not trace.skipped:
+                pipeline.run(pipeline.late(config, trace, parameters), graph, config, trace, keep=keep)
+
+        compiled = inductor.compile_graph(
+            request.module,
+            request.inputs,
+            config,
+            trace,
+            early,
+            late,
+            request.weights,
+            request.outputs,
+            save=key is not None,
+        )
+        if key is not None and compiled.payload is not None and self._cache is not None:
+            meta = {"trace": trace.to_dict(), **compiled.facts()}
+            if reason := self._cache.save(key, Entry(compiled.payload, meta)):
+                log.warning("not cached: %s", reason)
+        return replace(compiled, payload=None)
+
+    def _key(self, request: Request) -> str | None:
+        """What the piece is kept under on disk; None where it is not kept."""
+        if self._cache is None or self._folders() or self.config.verify or request.fingerprint.unsaveable:
+            return None
+        config, own = self.config, [op for op in OPS.values() if op.namespace != "fusionpass"]
+        kernels = [backend.plan for op in own for backend in op.backends]
+        functions = [
+            *request.fingerprint.functions,
+            *pipeline.own_functions(config),
+            *(op.reference for op in own),
+            *kernels,
+        ]
+        sources, options = source_digest(functions), inductor.options_digest()
+        if sources is None or options is None:
+            return None
+        choices = (sorted(config.disable), config.numerics, str(config.target), inductor.hardware(request.inputs))
+        return digest(*environment(), request.fingerprint.text, repr(choices), options, sources)
+
+    def _load(self, key: str | None, request: Request, trace: GraphTrace) -> inductor.Compiled | None:
+        entry = self._cache.load(key) if key is not None and self._cache is not None else None
+        if entry is None or not inductor.holds(entry.meta["guards"], request.inputs):
+            return None
+        try:
+            call = inductor.restore(entry.payload)
+        except Exception as error:  # whatever torch raises: a cache may not stop a model
+            warnings.warn(
+                f"a cached piece could not be loaded: {error!r}; it is compiled anew", CacheWarning, stacklevel=2
+            )
+            return None
+        trace.update(entry.meta["trace"])
+        return inductor.Compiled.of(call, entry.meta)
+
+    def _warn_of_storm(self) -> None:
+        reasons = self.report.recompiles
+        if len(reasons) == STORM:
+            warnings.warn(
+                f"fusionpass: {self.report.title or 'the model'} was compiled {STORM + 1} times, and Dynamo may soon "
+                f"run it uncompiled; the last time because {reasons[-1]}",
+                RecompileWarning,
+                stacklevel=2,
+            )
+
+    def _judge(self, traces: Sequence[GraphTrace]) -> None:
+        misses = [miss for trace in traces for miss in (*trace.refused, *trace.missed)]
+        if not misses or self.config.on_miss == "ignore":
+            return
+        text = "\n".join(str(record) for record in misses)
+        if self.config.on_miss == "error":
+            raise MissError(f"{len(misses)} sites did not fuse:\n{text}", next_step="See fusionpass.report")
+        warnings.warn(f"fusionpass: {len(misses)} sites did not fuse:\n{text}", stacklevel=2)
+
+
+def _cache(config: Config) -> Cache | None:
+    if not config.cache:
+        return None
+    cache = Cache(config.cache_dir or Cache.default_folder())
+    if reason := cache.refuse():
+        log.warning("nothing is cached: %s", reason)
+        return None
+    return cache

@@ -1,0 +1,73 @@
+"""lower: an op runs as a kernel where one is planned, gives what eager mode does, and pays; else as plain aten."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fusionpass.arch import Arch
+from fusionpass.launch import Empty, Launch
+from fusionpass.op import Backend
+from fusionpass.ops import rms_norm
+from fusionpass.passes.lower import lower
+from fusionpass.report.trace import GraphTrace, Record
+
+pytest.importorskip("triton")
+
+X = torch.zeros(4, 64, dtype=torch.bfloat16)
+W = torch.ones(64, dtype=torch.bfloat16)
+
+
+def lowered(model: Callable[..., Any], *args: torch.Tensor, arch: str = "sm_90") -> Record:
+    """The record of the one op in a model, which is aten's again unless a kernel runs it."""
+    graph = make_fx(model, tracing_mode="fake")(*args).graph
+    trace = GraphTrace(0)
+    lower(graph, trace, Arch(arch))
+    graph.lint()
+    (record,) = trace.fused
+    assert ("fusionpass" in str(graph)) == (record.backend == "triton")
+    return record
+
+
+def test_a_kernel_where_one_is_planned() -> None:
+    assert lowered(lambda x, w: rms_norm(x, w), X, W).backend == "triton"
+    assert lowered(lambda x, w: rms_norm(x, w), X, W, arch="cpu").reason == "a CPU target: Inductor writes C++"
+    record = lowered(lambda x, w: rms_norm(x, w), X.t().contiguous().t(), W)
+    assert record.reason == "triton: x has stride 4 in its last dimension, not 1"
+
+
+def test_a_cast_that_only_the_kernel_reads_is_not_written_out() -> None:
+    def model(x: torch.Tensor, weight: torch.Tensor, twice: bool) -> Any:
+        wide = torch.ops.prims.convert_element_type.default(x, torch.float32)
+        return (rms_norm(wide, weight), *([wide + 1] if twice else []))
+
+    record = lowered(lambda x, w: model(x, w, False), X, W)
+    assert record.backend == "inductor"
+    assert record.reason.endswith("torch.bfloat16 made float32 just before: Inductor need not write that out")
+    assert lowered(lambda x, w: model(x, w, True), X, W).backend == "triton"
+    assert lowered(lambda x, w: model(x, w, False), X.double(), W).backend == "triton"
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        Empty((4, 64), torch.float32),
+        Empty((64, 4), torch.bfloat16),
+        Empty((4, 64), torch.bfloat16, (1, 4)),
+    ],
+    ids=["dtype", "shape", "strides"],
+)
+def test_a_kernel_that_lays_its_output_out_otherwise(monkeypatch: pytest.MonkeyPatch, made: Empty) -> None:
+    (backend,) = rms_norm.backends
+
+    def plan(arch: Arch, **arguments: Any) -> Launch | str:
+        launch = backend.plan(arch, **arguments)
+        return launch if isinstance(launch, str) else dataclasses.replace(launch, args={**launch.args, "norm": made})
+
+    monkeypatch.setattr(rms_norm, "backends", [Backend("other", plan)])
+    record = lowered(lambda x, w: rms_norm(x, w), X, W)
+    assert record.backend == "inductor"
+    assert record.reason == "other would lay out norm unlike eager mode, with strides (64, 1)"
