@@ -99,9 +99,7 @@ class Captured:
         """Remember where the inputs are that graphs read in place."""
         tensors = [s for s in self._plan.reads if isinstance(args[s], Tensor) and s not in self.recipe.copied]
         self._in_place = plain = tuple(slot for slot in tensors if is_plain(args[slot]))
-        # With one slot alone itemgetter returns no tuple.
-        self._pick: Callable[[Sequence[Any]], tuple[Any, ...]]
-        self._pick = operator.itemgetter(*plain, plain[0]) if plain else lambda _: ()
+        self._pick = _picker(plain)
         self._pointers = tuple(map(Tensor.data_ptr, self._pick(args)))
         self._storages: dict[int, list[int]] = {}
         for slot in plain:
@@ -152,7 +150,7 @@ class Captured:
         """The inputs that are not where the graphs read them, or lie otherwise."""
         found: list[int] = []
         if tuple(map(Tensor.data_ptr, self._pick(args))) != self._pointers:
-            pairs = zip(self._in_place, self._pointers, strict=False)
+            pairs = zip(self._in_place, self._pointers, strict=True)
             found = [slot for slot, pointer in pairs if args[slot].data_ptr() != pointer]
         for slot, shape, stride in self._layouts:
             if (args[slot].shape != shape or args[slot].stride() != stride) and slot not in found:
@@ -210,8 +208,10 @@ class Captured:
             torch._foreach_copy_(frame.targets, [args[slot] for slot in self._copied])
         for tail in frame.tails:
             tail.zero_()
-        values = frame.values.copy()
-        values[: self._count] = args
+        values, count = frame.values, self._count
+        if len(self._stages) > 1:
+            values = values.copy()
+            values[:count] = args
         for handle, unit, ours in self._stages:
             if handle is not None and not self.broken:
                 self._device.replay(handle)
@@ -223,7 +223,7 @@ class Captured:
                 self.broken = self.broken or self._keep(unit, values, frame, rows)
             for slot in ours:
                 values[slot] = None
-        results = [values[slot] for slot in self._plan.program.results]
+        results = [args[slot] if slot < count else values[slot] for slot in self._plan.program.results]
         owners = [self._owner(slot, values[slot], frame) for slot in self._plan.program.results]
         first = [rows is not None and values[s] is not self._base.values[s] for s in self._plan.program.results]
         return hand_out(results, owners, args, first)
@@ -262,6 +262,14 @@ class Captured:
             for rest in tail:
                 rest.zero_()
         return ""
+
+
+def _picker(slots: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What takes some arguments out of all; `slots` ascend."""
+    if not slots:
+        return lambda args: ()
+    side_by_side = slots[-1] - slots[0] == len(slots) - 1
+    return operator.itemgetter(slice(slots[0], slots[-1] + 1)) if side_by_side else operator.itemgetter(*slots)
 
 
 def _tail(buffer: Tensor, dim: int, rows: int) -> list[Tensor]:

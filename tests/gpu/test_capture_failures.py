@@ -1,22 +1,26 @@
 """Captures that break on a real device: the allocator, the generator and the streams are as before."""
 
 import dataclasses
-import gc
-import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fusionpass.runtime.cuda_graphs import Graphs
-from fusionpass.runtime.device import CudaDevice
-from fusionpass.runtime.memory import Layout
 from tests.gpu.harness import MIB, WIDTH, fleeting, layers, numbers, whole
 from tests.runtime.harness import Compared
 from tests.runtime.programs import S, program, size, tensor, weight
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+    torch.cuda.synchronize()
 
 
 @pytest.fixture
@@ -32,7 +36,7 @@ def works_again(bench: Compared, w: Tensor) -> None:
     del large
     torch.cuda.empty_cache()
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    graph, x = torch.cuda.CUDAGraph(), numbers(4, WIDTH)
+    graph, x = torch.cuda.CUDAGraph(), numbers(8, WIDTH)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         y = x @ w + torch.rand_like(x)
@@ -40,8 +44,8 @@ def works_again(bench: Compared, w: Tensor) -> None:
     assert torch.isfinite(y).all()
     second = bench.graphs.wrap(whole(lambda x, w: [torch.rand_like(x) * 0 + x @ w]), "second")
     for _ in range(4):
-        assert torch.equal(second(4, x, w)[0], x @ w)
-    assert bench.graphs.notes[-1].graphs[0].replays == 3
+        assert torch.equal(second(8, x, w)[0], x @ w)
+    assert sum(graph.replays for graph in bench.graphs.notes[-1].graphs) >= 3
 
 
 def raising(w: Tensor) -> list[Tensor]:
@@ -75,7 +79,7 @@ def test_a_capture_that_fails(w: Tensor, kind: str, at: str, sizes: tuple[int, .
         def run(x: Tensor, c: Tensor, w: Tensor) -> list[Tensor]:
             c.add_(1)
             y = x @ w + c + torch.rand_like(x) * 0
-            if capturing() and name == at:
+            if torch.cuda.is_current_stream_capturing() and name == at:
                 FAILURES[kind](w)
             return [y.remainder(3)]
 
@@ -110,7 +114,7 @@ def test_an_interrupted_capture(w: Tensor, sizes: tuple[int, ...]) -> None:
 
     def step(x: Tensor, w: Tensor) -> list[Tensor]:
         y = x @ w
-        if capturing() and state["left"]:
+        if torch.cuda.is_current_stream_capturing() and state["left"]:
             state["left"] -= 1
             raise KeyboardInterrupt
         return [y + torch.rand_like(y) * 0]

@@ -1,9 +1,8 @@
 """Graphs on a real device: what the fake one cannot show, which is allocators, streams and random numbers."""
 
-import dataclasses
 import gc
 import threading
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +16,14 @@ from tests.runtime.harness import Compared
 from tests.runtime.programs import S, program, size, tensor, weight
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+    torch.cuda.synchronize()
 
 
 @pytest.fixture
@@ -64,10 +71,12 @@ def test_weights_inputs_and_caches_that_move(w: Tensor) -> None:
     p.copy_(numbers(WIDTH, WIDTH))
     bench(4, home, cache, p)
     p.data = numbers(WIDTH, WIDTH)
-    bench(4, home, cache, p)
+    for _ in range(3):
+        bench(4, home, cache, p)
     p.data = p.data.cpu()
     p.data = p.data.cuda()
-    bench(4, home, cache, p)
+    for _ in range(3):
+        bench(4, home, cache, p)
     assert bench.note.recaptures["x moved"] == 1
     assert bench.note.recaptures["w moved"] in (1, 2)  # the allocator may give the old address again
     other = numbers(WIDTH)
@@ -118,7 +127,7 @@ def test_memory_does_not_grow(w: Tensor, sizes: tuple[int, ...]) -> None:
         torch.cuda.empty_cache()
         taken.append((torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[0]))
     assert taken[-1][0] <= taken[4][0] + 2 * MIB
-    assert taken[4][1] - taken[-1][1] < 8 * MIB
+    assert taken[4][1] - taken[-1][1] < 16 * MIB
     bench(16, numbers(16, WIDTH), w)
 
 
@@ -216,7 +225,7 @@ def test_eight_threads(w: Tensor, sizes: tuple[int, ...]) -> None:
 
 def test_two_models_at_a_time(w: Tensor) -> None:
     """Their graphs run on two streams at once: neither may use the other's workspace of cuBLAS."""
-    deep = whole(lambda x, w: [x @ w @ w.t() @ w @ w.t()])
+    deep = whole(lambda x, w: [(((x @ w) % 4) @ w.t() % 4) @ w])
     benches = [Compared(deep), Compared(deep)]
     for bench in benches:
         for _ in range(3):

@@ -136,7 +136,7 @@ class FakeDevice:
         assert not any(handle.pool is pool for handle in self.live), "a graph outlives its memory"
         assert not pool.blocks, "somebody keeps memory of the pool"
         pool.closed = True
-        pool.poison(0, ARENA)
+        pool.poison(0, pool.high)
         pool.high = 0
 
     def prepare(self) -> None:

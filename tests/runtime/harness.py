@@ -1,4 +1,4 @@
-"""A program under graphs on a fake device, each call of which is compared with the program run as it is."""
+"""Programs under graphs, and small ones to try."""
 
 from collections import deque
 from typing import Any
@@ -12,12 +12,11 @@ from tests.runtime.fake_device import FakeDevice
 from tests.runtime.programs import S, program, size, tensor, weight
 
 
-class Bench:
-    """A program under graphs on a fake device, and what happened there."""
+class Compared:
+    """A program under graphs, each call of which is compared with the program run as it is."""
 
     def __init__(self, program: Program, mode: str = "auto", *sizes: int, **options: Any) -> None:
-        self.device = FakeDevice()
-        self.graphs = Graphs(mode, sizes or None, device_factory=lambda _: self.device, **options)
+        self.graphs = Graphs(mode, sizes or None, **options)
         self.program = program
         self.call = self.graphs.wrap(program, "p")
 
@@ -25,17 +24,28 @@ class Bench:
     def note(self) -> Any:
         return self.graphs.notes[0]
 
+    @property
+    def replays(self) -> int:
+        """How often the graphs ran that are there now."""
+        return sum(graph.replays for graph in self.note.graphs)
+
     def __call__(self, *args: Any) -> list[Any]:
-        """A call, compared with the program run as it is; inputs that it writes to are compared too."""
-        theirs = [a.clone() if isinstance(a, Tensor) and i.mutated else a for a, i in self.pairs(args)]
+        """A call; inputs that it writes to are compared too."""
+        pairs = zip(args, self.program.inputs, strict=True)
+        theirs = [a.clone() if isinstance(a, Tensor) and i.mutated else a for a, i in pairs]
         expected = self.program.run(*theirs)
         got = self.call(*args)
         for a, b in zip([*got, *args], [*expected, *theirs], strict=True):
             same(a, b)
         return got
 
-    def pairs(self, args: Any) -> Any:
-        return zip(args, self.program.inputs, strict=True)
+
+class Bench(Compared):
+    """The same on a fake device, and what happened there."""
+
+    def __init__(self, program: Program, mode: str = "auto", *sizes: int, **options: Any) -> None:
+        self.device = FakeDevice()
+        super().__init__(program, mode, *sizes, device_factory=lambda _: self.device, **options)
 
     def counts(self) -> tuple[int, int]:
         return self.device.captures, self.device.replays

@@ -1,17 +1,11 @@
 """The dispatcher on a fake device: what is captured when, and by whom it is called."""
 
-import gc
 import math
 import threading
-import weakref
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.testing._internal.two_tensor import TwoTensor
 
-from fusionpass.runtime.program import Program
 from tests.runtime.harness import Bench, W, attention, linear, numbers, same
 from tests.runtime.programs import S, other, program, size, tensor, weight
 

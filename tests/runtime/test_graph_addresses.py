@@ -1,9 +1,6 @@
 """Where graphs read their inputs: in place or from a copy, and what happens when they move."""
 
-import gc
 import math
-import threading
-import weakref
 from typing import Any
 
 import pytest
@@ -12,8 +9,8 @@ from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 from fusionpass.runtime.program import Program
-from tests.runtime.harness import Bench, W, attention, linear, numbers, same
-from tests.runtime.programs import S, other, program, size, tensor, weight
+from tests.runtime.harness import Bench, W, linear, numbers, same
+from tests.runtime.programs import S, program, tensor, weight
 
 
 def test_a_weight_that_moved_is_never_stale() -> None:

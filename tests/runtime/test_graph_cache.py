@@ -1,19 +1,10 @@
 """Which graphs are kept, and what they may cost."""
 
 import gc
-import math
-import threading
-import weakref
-from typing import Any
-
-import pytest
-import torch
-from torch import Tensor
-from torch.testing._internal.two_tensor import TwoTensor
 
 from fusionpass.runtime.program import Program
 from tests.runtime.harness import Bench, W, attention, linear, numbers, same
-from tests.runtime.programs import S, other, program, size, tensor, weight
+from tests.runtime.programs import S, program, size, tensor
 
 
 def test_the_least_recently_used_goes() -> None:

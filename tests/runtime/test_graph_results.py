@@ -1,19 +1,14 @@
 """What the caller gets, and what graphs get of units that run without one."""
 
-import gc
-import math
-import threading
 import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.testing._internal.two_tensor import TwoTensor
 
-from fusionpass.runtime.program import Program
-from tests.runtime.harness import Bench, W, attention, linear, numbers, same
-from tests.runtime.programs import S, other, program, size, tensor, weight
+from tests.runtime.harness import Bench, W, attention, numbers, same
+from tests.runtime.programs import S, program, size, tensor, weight
 
 
 def test_results_are_the_callers_to_keep() -> None:
