@@ -68,7 +68,7 @@ def test_what_is_a_guard() -> None:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "nightly", reason="it takes minutes: the nightly profile")
 def test_every_guard_matters() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     command = [sys.executable, "-m", "tests.guards"]

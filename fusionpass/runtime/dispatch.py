@@ -157,12 +157,13 @@ class Dispatcher:
         self.note.without[reason] += 1
 
     def _larger(self, key: Key) -> Entry | None:
-        """The graph of the smallest size above, if rows may follow those of the call."""
+        """The graph of the smallest declared size above, if rows may follow those of the call."""
         if self.plan.padding:
             return None
         for candidate in self._ladder:
-            if candidate.sizes > key.sizes and candidate.others == key.others:
-                entry = self._entries[candidate]
+            entry = self._entries[candidate]
+            # What was captured as it came may read its rows in place.
+            if entry.declared and candidate.sizes > key.sizes and candidate.others == key.others:
                 self.note.padding = entry.captured.exact
                 return None if entry.captured.exact else entry
         return None
