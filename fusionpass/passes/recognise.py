@@ -1,6 +1,6 @@
 """recognise: spelling → op. No op is made whose inputs, shapes and dtypes are not proven equal."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -34,7 +34,8 @@ def recognise(
     verify: bool = False,
 ) -> None:
     """Replace each spelling by its op, in place; record the refused and the missed."""
-    infer, index, written = Inference(), _index(list(spellings), graph), writers(graph)
+    spellings = list(spellings)
+    infer, index, written = Inference(), _index(spellings, graph), writers(graph)
     missed: dict[Node, Record] = {}
     shared: dict[Spelling, list[tuple[Match, Record]]] = {}
     for anchor in list(graph.nodes):
@@ -72,7 +73,7 @@ def recognise(
             # The first spelling is the longest: it says best what is in the way.
             refused = [record for record in refused if record.rule == refused[0].rule]
             # A mean or an exponential alone is no candidate; half a spelling around it is.
-            furthest = None if refused else _furthest(near, anchor)
+            furthest = None if refused else _furthest(spellings, anchor)
             if furthest is not None:
                 attempt, spelling = furthest
                 if marks_a_site(anchor) or 2 * attempt.matched > attempt.total:
@@ -93,10 +94,13 @@ def recognise(
     trace.missed += [record for anchor, record in missed.items() if not anchor._erased]
 
 
-def _furthest(spellings: Mapping[Spelling, list[Pattern]], anchor: Node) -> tuple[Attempt, Spelling] | None:
-    """The attempt that got furthest from an anchor where nothing matches."""
+def _furthest(spellings: list[Spelling], anchor: Node) -> tuple[Attempt, Spelling] | None:
+    """The attempt that got furthest from an anchor where nothing matches, over all combinations of dtypes."""
     furthest: tuple[Attempt, Spelling] | None = None
-    for spelling, patterns in spellings.items():
+    key = anchor_key(anchor)
+    devices = [val.device.type for n in (anchor, *anchor.all_input_nodes) if (val := value(n)) is not None]
+    for spelling in spellings if devices else ():
+        patterns = [pattern for pattern in spelling.patterns(devices[0]) if pattern.key == key]
         found = _search(spelling, patterns, anchor)
         if isinstance(found, Attempt) and (furthest is None or found.matched > furthest[0].matched):
             furthest = found, spelling
