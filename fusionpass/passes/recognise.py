@@ -86,8 +86,9 @@ def recognise(
         together = [match for match, _ in waiting if not any(node._erased for node in match.nodes.values())]
         for match, record in waiting if len(together) > 1 else ():
             if match in together and record in trace.refused:
-                refusal = disabled(spelling.name, spelling.op, disable) or _replace(
-                    graph, spelling, match, together, infer, written, verify, ""
+                taken = any(node._erased for node in match.nodes.values())
+                refusal = disabled(spelling.name, spelling.op, disable) or (
+                    None if taken else _replace(graph, spelling, match, together, infer, written, verify, "")
                 )
                 trace.refused = [r for r in trace.refused if r is not record or refusal is not None]
     # What a later match took is no miss.

@@ -10,10 +10,12 @@ from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusionpass import Spelling
-from fusionpass.ops import add_rms_norm, rms_norm
+from fusionpass.ops import add_rms_norm, quantize, rms_norm
+from fusionpass.ops.quant import Scheme, quantized
 from fusionpass.passes.normalize import normalize
 from fusionpass.passes.recognise import recognise
 from fusionpass.report.trace import GraphTrace
+from fusionpass.rules import SPELLINGS
 
 X = torch.zeros(4, 256, dtype=torch.bfloat16)
 W = torch.ones(256, dtype=torch.bfloat16)
@@ -124,3 +126,20 @@ def test_a_write_in_between(between: bool) -> None:
     graph, refused = recognised(NORM, model, X, W)
     assert refused == (["add_ writes to memory in between"] if between else [])
     assert ("rms_norm" in str(graph)) is not between
+
+
+@pytest.mark.parametrize("scheme", ["fp8_token", "mxfp8"])
+def test_two_equal_quantisations_that_the_caller_receives(scheme: str) -> None:
+    """Their codes and scales are four buffers, of one computation: no pair may take what another has taken."""
+
+    def model(x: torch.Tensor) -> Any:
+        return [*quantized(x, None, Scheme.parse(scheme)), *quantized(x, None, Scheme.parse(scheme))]
+
+    graph = make_fx(model, select_decomp_table(), "fake")(X).graph
+    normalize(graph)
+    trace = GraphTrace(0)
+    recognise(graph, SPELLINGS, trace)
+    graph.lint()
+    assert sum(node.target is quantize.overload for node in graph.nodes) == 2
+    assert not trace.refused
+    assert not trace.missed
