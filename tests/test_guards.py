@@ -1,6 +1,6 @@
 """Every guard of the package has a test that fails without it; tests/conditions.py says what a guard is.
 
-All are checked under the nightly profile., which takes about a minute and a half of one core: pytest collects once, and each guard is
+The nightly profile checks all, in about a minute and a half of one core: pytest collects once, and each guard is
 taken away in a fork of that. It has a process of its own, since it changes the package under test.
 """
 
