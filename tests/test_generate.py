@@ -26,7 +26,7 @@ def tiny() -> Any:
         eos_token_id=None,
         bos_token_id=None,
     )
-    model = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16).eval()
+    model = transformers.Qwen3ForCausalLM(config).eval()  # float32: in bfloat16 two tokens may be one ulp apart
     fusionpass.quantize_(model, "fp8_token", skip=("lm_head",))
     return model
 
@@ -42,10 +42,11 @@ def test_a_static_cache() -> None:
     fusionpass.compile(model, numerics="eager")
     for prompt, tokens in zip(prompts, expected, strict=True):
         assert torch.equal(model.generate(prompt, **how), tokens), prompt.shape
+    model.generate(torch.randint(3, 128, (1, 60)), **how)  # a larger cache than any so far: its length is a symbol now
     report = fusionpass.report(model)
     known = len(report.model_graphs)
-    assert known <= 6, report.recompiles
-    for length in (3, 17, 60, 121):
+    assert known <= 8, report.recompiles
+    for length in (3, 17, 70, 121):
         model.generate(torch.randint(3, 128, (1, length)), **how)
     torch.manual_seed(1)
     assert torch.equal(model.generate(prompts[3], **(how | {"do_sample": True})), drawn)

@@ -15,9 +15,7 @@ def guards(inputs: Sequence[Any]) -> str | None:
     symbols = _symbols(inputs)
     if not symbols:
         return None
-    env = _env(symbols)
-    expression: str | None = env.produce_guards_expression(placeholders=symbols, guards=env.guards)
-    return expression
+    return _assumed(symbols)
 
 
 def holds(guards: str | None, inputs: Sequence[Any]) -> bool:
@@ -34,9 +32,20 @@ def size_check(sizes: Sequence[torch.SymInt]) -> Callable[..., bool]:
     """Whether everything that was assumed of `sizes` so far holds for numbers in their place."""
     if not sizes:
         return lambda *numbers: True
-    env = _env(sizes)
-    expression = env.produce_guards_expression(placeholders=list(sizes), guards=env.guards)
+    env, expression = _env(sizes), _assumed(sizes)
     return lambda *numbers: expression is None or bool(env.evaluate_guards_expression(expression, list(numbers)))
+
+
+def _assumed(sizes: Sequence[torch.SymInt]) -> str | None:
+    """The part of what was assumed in this trace that concerns `sizes`, which `evaluate_guards_expression` takes."""
+    env = _env(sizes)
+    known = frozenset[Any]().union(*(size.node.expr.free_symbols for size in sizes))
+    given = {size.node.expr for size in sizes}
+    here = [guard for guard in env.guards if guard.expr.free_symbols <= known]
+    if any(not guard.expr.free_symbols <= given for guard in here):
+        return "False"  # of a symbol that is only in a sum, say: torch has no way to write that down
+    expression: str | None = env.produce_guards_expression(placeholders=list(sizes), guards=here)
+    return expression
 
 
 def _env(symbols: Sequence[torch.SymInt]) -> ShapeEnv:

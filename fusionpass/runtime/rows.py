@@ -118,7 +118,9 @@ class _Proof:
 
     def _input(self, node: Node, order: int) -> State:
         val = node.meta.get("val")
-        return _noted(node, order, rows_of(val, self.symbol) if isinstance(val, torch.Tensor) else None)
+        if isinstance(val, torch.Tensor):
+            return _noted(node, order, rows_of(val, self.symbol))
+        return _noted(node, order, "is a stride, and padding changes it" if symbols(val) - self.known else None)
 
     def _returned(self, leaf: Any, order: int, states: dict[Node, State]) -> State:
         if not isinstance(leaf, Node):

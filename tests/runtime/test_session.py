@@ -1,5 +1,6 @@
 """A compiled model over its whole life: pieces from the cache, the report that comes with them, recompilations."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -73,6 +74,40 @@ def test_assumptions_about_sizes_are_kept(model: Stack, tmp_path: Path) -> None:
     assert len(retold.recompiles) == 1
     assert "size mismatch" in retold.recompiles[0]
     assert "recompiled: " in str(retold)
+
+
+class Caches(torch.nn.Module):
+    """Alike layers, each with a cache of its own length."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in range(count))
+
+    def forward(self, x: torch.Tensor, caches: list[torch.Tensor]) -> torch.Tensor:
+        for layer, cache in zip(self.layers, caches, strict=True):
+            q = layer(rms_norm(x, layer.bias, 1e-6))
+            keys = cache if cache.shape[0] > x.shape[0] else x
+            x = x + torch.nn.functional.scaled_dot_product_attention(q, keys, keys)
+        return x
+
+
+def test_each_layers_own_sizes_are_assumed_of_it_alone(tmp_path: Path) -> None:
+    model = Caches(4).requires_grad_(False)
+    cached = [torch.randn(20 + i, WIDTH) for i in range(4)]
+    x = torch.randn(5, WIDTH)
+    for tensor in (x, *cached):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    expected = model(x, cached)
+    for _ in range(2):
+        torch._dynamo.reset()
+        compiled = fusionpass.compile(copy.deepcopy(model), cache=True, cache_dir=tmp_path)
+        with torch.no_grad():
+            assert torch.allclose(compiled(x, cached), expected, atol=1e-5)
+        report = fusionpass.report(compiled)
+        assert (report.distinct_pieces, len(report.pieces)) == (3, 5)
+    assert all(graph.cached for graph in report.graphs)
+    with torch.no_grad():
+        assert torch.allclose(compiled(torch.cat([x] * 6), cached), model(torch.cat([x] * 6), cached), atol=1e-5)
 
 
 def test_damage_costs_a_compilation_and_says_so(model: Stack, tmp_path: Path) -> None:
