@@ -38,8 +38,11 @@ class Device(Protocol):
     def pool(self) -> Any:
         """Memory that graphs can share, empty."""
 
+    def usable(self, pool: Any) -> bool:
+        """Whether more can be captured in a pool."""
+
     def give_back(self, pool: Any) -> None:
-        """Free the memory of a pool, all of whose graphs are gone."""
+        """Free the memory of a pool, all of whose graphs are gone; it is of no use any more."""
 
     def prepare(self) -> None:
         """Before the captures of one program: wait for the device, and free what nobody uses."""
@@ -76,9 +79,14 @@ _ABANDONED: list[torch.cuda.CUDAGraph] = []
 
 
 class Pool:
-    """A share of torch's caching allocator that lives as long as this object and the graphs in it."""
+    """A share of torch's caching allocator that lives as long as this object and the graphs in it.
+
+    Attributes:
+        spoiled: torch's allocator of host memory holds that a capture in it goes on, and would refuse another.
+    """
 
     def __init__(self, index: int) -> None:
+        self.spoiled = False
         self.id = torch.cuda.graph_pool_handle()
         torch._C._cuda_beginAllocateCurrentThreadToPool(index, self.id)
         torch._C._cuda_endAllocateToPool(index, self.id)
@@ -123,6 +131,10 @@ class CudaDevice:
     def pool(self) -> Pool:
         """See `Device`."""
         return Pool(self._index)
+
+    def usable(self, pool: Pool) -> bool:
+        """See `Device`."""
+        return not pool.spoiled
 
     def give_back(self, pool: Pool) -> None:
         """See `Device`."""
@@ -176,8 +188,9 @@ class CudaDevice:
             torch._C._cuda_endAllocateToPool(self._index, pool.id)
         except RuntimeError:
             return  # it ended in order
-        # An invalidated capture of torch 2.11 leaves the allocator and the random generator in it: an empty one that
-        # ends in order takes the generator out.
+        # An invalidated capture of torch 2.11 leaves its allocators and the random generator in it: an empty one that
+        # ends in order takes the generator out. What allocates host memory cannot be told.
+        pool.spoiled = True
         torch._C._cuda_releasePool(self._index, pool.id)
         _ABANDONED.append(graph)
         empty = torch.cuda.CUDAGraph()

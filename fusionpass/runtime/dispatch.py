@@ -2,7 +2,6 @@
 
 import collections
 import logging
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -249,11 +248,7 @@ class Dispatcher:
     def _capture(self, key: Key, args: Sequence[Any], recipe: Recipe, declared: bool = False) -> Entry | None:
         try:
             entry = self._cache.capture(self, key, key.text(self._names), self._place, args, recipe)
-        except BaseException as error:
-            # Who keeps the exception would keep memory of the pool in the variables of its frames.
-            traceback.clear_frames(error.__traceback__)
-            if not isinstance(error, Exception):
-                raise
+        except Exception as error:
             self._refusals.add(key, error)
             return None
         entry.declared = declared

@@ -1,9 +1,10 @@
 """All graphs of a `compile` call: the least recently used go where there are too many or they take too much memory."""
 
 import threading
+import traceback
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from .captured import Captured
@@ -44,13 +45,13 @@ class Place:
     """A device with the memory that graphs share there.
 
     Attributes:
-        pool: None until something is captured.
+        pools: those that graphs are in; the last is captured into.
         event: behind the last replay.
         stream: of the last replay.
     """
 
     device: Device
-    pool: Any = None
+    pools: list[Any] = field(default_factory=list)
     event: Any = None
     stream: int | None = None
 
@@ -62,12 +63,6 @@ class Place:
     def leave(self) -> None:
         """A replay has been started on the current stream."""
         self.event, self.stream = self.device.record(self.event), self.device.stream()
-
-    def give_back(self) -> None:
-        """Free the memory; all graphs in it are gone."""
-        if self.pool is not None:
-            self.device.give_back(self.pool)
-        self.pool = None
 
 
 @dataclass(eq=False)
@@ -88,6 +83,7 @@ class Entry:
     owner: "weakref.ref[Owner]"
     key: Any
     place: Place
+    pool: Any
     note: GraphNote
     driver_bytes: int = 0
     declared: bool = False
@@ -130,9 +126,9 @@ class GraphCache:
 
     def total(self) -> int:
         """How many bytes all take."""
-        places = [place for place in self.places.values() if place.pool is not None]
-        pools = sum(place.device.pool_bytes(place.pool) for place in places)
-        return pools + sum(entry.driver_bytes for entry in self.entries)
+        pools = [(place.device, pool) for place in self.places.values() for pool in place.pools]
+        taken = sum(device.pool_bytes(pool) for device, pool in pools)
+        return taken + sum(entry.driver_bytes for entry in self.entries)
 
     def capture(self, owner: Owner, key: Any, sizes: str, place: Place, args: Sequence[Any], recipe: Recipe) -> Entry:
         """Capture a program.
@@ -145,16 +141,23 @@ class GraphCache:
             self.drop(entry)
         while self.full():
             self._evict()
-        device, fresh = place.device, place.pool is None
-        if place.pool is None:
-            place.pool = device.pool()
+        device, fresh = place.device, not place.pools
+        if fresh or not device.usable(place.pools[-1]):
+            place.pools.append(device.pool())
+        pool = place.pools[-1]
         device.prepare()
-        pool, driver = device.pool_bytes(place.pool), device.driver_bytes()
-        captured = Captured(owner.plan, device, place.pool, args, recipe)
-        entry = Entry(captured, weakref.ref(owner), key, place, GraphNote(sizes))
+        taken, driver = device.pool_bytes(pool), device.driver_bytes()
+        try:
+            captured = Captured(owner.plan, device, pool, args, recipe)
+        except BaseException as error:
+            # Who keeps the exception would keep memory of the pool in the variables of its frames.
+            traceback.clear_frames(error.__traceback__)
+            self._tidy(place)
+            raise
+        entry = Entry(captured, weakref.ref(owner), key, place, pool, GraphNote(sizes))
         del captured
         entry.driver_bytes = max(0, device.driver_bytes() - driver)
-        entry.note.bytes = device.pool_bytes(place.pool) - pool + entry.driver_bytes
+        entry.note.bytes = device.pool_bytes(pool) - taken + entry.driver_bytes
         self.touch(entry)
         entry.note.replays = 0
         self.entries.append(entry)
@@ -162,21 +165,24 @@ class GraphCache:
         return entry
 
     def drop(self, entry: Entry) -> None:
-        """Free a graph; with the last one of a device, the memory too, which they share."""
+        """Free a graph; with the last one of a pool, the memory too, which they share."""
         entry.place.device.synchronize()
         self.entries.remove(entry)
         del entry.captured
         if (owner := entry.owner()) is not None:
             owner.forget(entry)
-        if all(other.place is not entry.place for other in self.entries):
-            entry.place.give_back()
+        self._tidy(entry.place)
 
     def clear(self) -> None:
         """Free everything."""
         for entry in list(self.entries):
             self.drop(entry)
-        for place in self.places.values():
-            place.give_back()
+
+    def _tidy(self, place: Place) -> None:
+        """Give pools back that no graph is left in; torch refuses captures in such a one."""
+        for pool in [pool for pool in place.pools if all(entry.pool is not pool for entry in self.entries)]:
+            place.pools.remove(pool)
+            place.device.give_back(pool)
 
     def _fit(self, newest: Entry, fresh: bool) -> None:
         while self.cap is not None and (total := self.total()) > self.cap:

@@ -59,7 +59,8 @@ class ProgramNote:
 
     def __str__(self) -> str:
         lines = [f"{self.title}: CUDA graphs {self.mode}{f' ({self.why})' if self.why else ''}"]
-        lines += [f"  {name} runs without a graph: {reason}" for name, reason in self.steps.items()]
+        for reason, count in Counter(self.steps.values()).items():
+            lines.append(f"  {count} of its steps run without a graph: {reason}")
         lines += [f"  {graph}" for graph in self.graphs]
         lines += [f"  {sizes or 'the only size'} has no graph: {reason}" for sizes, reason in self.refused.items()]
         lines += [f"  {count} calls without a graph: {reason}" for reason, count in self.without.items()]

@@ -19,14 +19,23 @@ SCRATCH = 512  # bytes that every graph uses while it runs
 DRIVER = 1000  # bytes that every graph takes of the driver
 
 
+class InvalidatedError(RuntimeError):
+    """What a capture fails with that the driver gave up."""
+
+
 class Pool:
-    """Memory from which blocks are taken, first fit; a block is free again when nobody has a tensor in it."""
+    """Memory from which blocks are taken, first fit; a block is free again when nobody has a tensor in it.
+
+    Attributes:
+        begun: whether anything was captured in it.
+        spoiled: whether a capture in it never ended.
+    """
 
     def __init__(self) -> None:
         self.memory = torch.zeros(ARENA, dtype=torch.uint8)
         self.blocks: dict[int, int] = {}  # offset → size
         self.high = 0
-        self.closed = False
+        self.closed = self.begun = self.spoiled = False
 
     def take(self, size: int) -> Tensor:
         """A block, as bytes; its address is never that of an empty tensor."""
@@ -132,6 +141,9 @@ class FakeDevice:
             self.pools.append(Pool())
         return self.pools[-1]
 
+    def usable(self, pool: Pool) -> bool:
+        return not pool.spoiled
+
     def give_back(self, pool: Pool) -> None:
         assert not any(handle.pool is pool for handle in self.live), "a graph outlives its memory"
         assert not pool.blocks, "somebody keeps memory of the pool"
@@ -173,6 +185,9 @@ class FakeDevice:
         self._inside.capture = True
         number, self.captures = self.captures, self.captures + 1
         try:
+            assert not pool.spoiled, "torch 2.11: already recording to this pool"
+            assert not pool.begun or any(handle.pool is pool for handle in self.live), "torch 2.11: all graphs are gone"
+            pool.begun = True
             copies: dict[int, torch.UntypedStorage] = {}
             originals: dict[int, Tensor] = {}
             given = []
@@ -192,6 +207,7 @@ class FakeDevice:
                 given.append(over(copy, arg))
             outputs = call(*given)
             if number in self.failures:
+                pool.spoiled = isinstance(self.failures[number], InvalidatedError)
                 raise self.failures.pop(number)
             made: dict[int, Tensor] = {}
             results, writes = [], []

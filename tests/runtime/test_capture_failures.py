@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.runtime.fake_device import InvalidatedError
 from tests.runtime.harness import Bench, W, attention, linear, numbers
 from tests.runtime.programs import S, program, tensor
 
@@ -41,7 +42,7 @@ def test_an_exception_in_a_capture(number: int, error: Exception, caplog: pytest
     assert len(caplog.records) == 1
     assert bench.counts() == (number + 1, 0)
     assert not bench.device.live
-    assert not bench.device.pools[0].blocks
+    assert bench.device.pools[0].closed
     bench.graphs.release()
     for _ in range(3):
         bench(numbers(4), cache)
@@ -73,6 +74,24 @@ def test_out_of_memory_is_tried_once_more_when_a_graph_was_dropped() -> None:
     assert not bench.note.refused
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_a_capture_that_the_driver_gave_up(other: bool) -> None:
+    """Nothing more can be captured in its pool, where other graphs may be."""
+    bench = Bench(linear())
+    for _ in range(3 if other else 0):
+        bench(1, numbers(1, 4), W)
+    bench.device.failures[bench.device.captures] = InvalidatedError("an operation that waits")
+    for n in (2, 2, 2, 3, 3, 3, 1, 4, 4, 4):
+        bench(n, numbers(n, 4), W)
+    assert set(bench.note.refused) == {"s0=2"}
+    assert [graph.replays for graph in bench.note.graphs] == ([3] if other else []) + [2, 2]
+    assert len(bench.device.pools) == 2
+    assert bench.device.pools[0].closed is not other
+    bench.graphs.release()
+    assert all(pool.closed for pool in bench.device.pools)
+    assert bench.graphs.memory.total == 0
+
+
 def test_out_of_memory_twice_is_enough() -> None:
     bench = Bench(linear(), limit=1)
     bench.device.failures = {i: torch.OutOfMemoryError("none left") for i in (0, 3)}
@@ -92,7 +111,7 @@ def test_an_interrupted_capture(number: int, sizes: tuple[int, ...]) -> None:
     with pytest.raises(KeyboardInterrupt) as kept:
         bench(3, numbers(3, 4), W)
     assert not bench.device.live
-    assert not bench.device.pools[0].blocks
+    assert bench.device.pools[0].closed
     for _ in range(3):
         bench(3, numbers(3, 4), W)
     assert bench.device.captures == number + 3

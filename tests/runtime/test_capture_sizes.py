@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusionpass.runtime.program import Program
 from tests.runtime.harness import Bench, W, attention, kept, numbers
-from tests.runtime.programs import S, program, size, tensor, weight
+from tests.runtime.programs import S, other, program, size, tensor, weight
 
 TABLE = numbers(7, 4)
 
@@ -205,6 +205,21 @@ def test_a_fixed_input_that_moves_is_copied_at_every_size() -> None:
         bench(n, numbers(n, 4), numbers(4))
     assert bench.counts() == (4, 7)
     assert bench.note.copied == ["x", "m"]
+
+
+def test_what_was_captured_as_it_came_is_not_for_fewer_rows() -> None:
+    """It may read its rows in place."""
+    step = S("a", lambda x, f: [x * f], "x f", "y", rows={"s0": (0,)})
+    bench = Bench(program([size("s0"), tensor("x", "s0", 4), other("f")], [step], "y"), "auto", 8)
+    x = numbers(8, 4)
+    bench(8, x, 1.0)
+    for _ in range(3):
+        bench(8, x, 2.0)
+    assert bench.counts() == (2, 3)
+    for n in (3, 8, 3):
+        bench(n, x[:n], 2.0)
+        bench(n, x[:n], 1.0)
+    assert [graph.replays for graph in bench.note.graphs] == [4, 3]
 
 
 def test_a_weight_that_moves() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusionpass.runtime.cuda_graphs import Graphs
 from fusionpass.runtime.program import Program
-from tests.runtime.fake_device import FakeDevice
+from tests.runtime.fake_device import FakeDevice, InvalidatedError
 from tests.runtime.harness import same
 from tests.runtime.programs import S, other, program, size, tensor, weight
 
@@ -143,7 +143,12 @@ def shares(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-ERRORS = {"odd": RuntimeError, "memory": torch.OutOfMemoryError, "interrupt": KeyboardInterrupt}
+ERRORS = {
+    "odd": RuntimeError,
+    "invalid": InvalidatedError,
+    "memory": torch.OutOfMemoryError,
+    "interrupt": KeyboardInterrupt,
+}
 away = st.sampled_from(["", "", "x", "x y ids", "y", "ids"])
 call = st.tuples(
     st.just("call"), st.sampled_from(SIZES), away, st.sampled_from([0, 0, 0, 1]),
