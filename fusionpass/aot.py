@@ -23,7 +23,7 @@ _POINTERS = {
 
 
 def compile_launch(launch: Launch, arch: Arch) -> dict[str, Any]:
-    """Compile the kernel of `launch` as it would be specialised for these arguments.
+    """Compile the kernel of `launch`, not of those before it, as it would be specialised for these arguments.
 
     Args:
         launch: its tensors may be fake or on the meta device; sizes may be symbolic (64-bit, with no divisibility).

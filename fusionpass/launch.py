@@ -33,6 +33,9 @@ class Launch:
         returns: the parameters whose buffers are returned, in the order of the op's outputs.
         pdl: launch with programmatic dependent launch (the kernel must then wait before its first dependent load).
         early: the parameters that the kernel may read before that wait, where its constexpr EARLY is true.
+        mutates: the parameters that are inputs and written to; `returns` names them where they are outputs. The op is
+            functional all the same: who runs the launch copies them first, unless nobody reads the old values.
+        before: launches that run first, in order; an `Empty` of theirs that this one has too is one buffer.
     """
 
     kernel: Any
@@ -43,6 +46,8 @@ class Launch:
     num_stages: int = 1
     pdl: bool = False
     early: tuple[str, ...] = ()
+    mutates: tuple[str, ...] = ()
+    before: tuple["Launch", ...] = ()
     note: str = field(default="", compare=False)
 
     @property
@@ -58,10 +63,24 @@ class Launch:
         """The launch for where the kernel just before it cannot have written `early`: parameters of a model, say."""
         return replace(self, args={**self.args, "EARLY": True}) if self.early else self
 
+    @property
+    def all(self) -> tuple["Launch", ...]:
+        """This launch, behind those before it."""
+        return (*self.before, self)
+
     def run(self) -> list[torch.Tensor]:
         """Allocate the outputs and launch on the current stream of the inputs' device."""
-        args = {k: v.new(self.device) if isinstance(v, Empty) else v for k, v in self.args.items()}
-        if 0 not in self.grid:
-            with torch.cuda.device_of(next(v for v in args.values() if isinstance(v, torch.Tensor))):
-                self.kernel[self.grid](**args, **self.options())
+        made: dict[int, torch.Tensor] = {}
+        args: dict[str, Any] = {}
+        for launch in self.all:
+            args = {name: launch._argument(name, made) for name in launch.args}
+            if 0 not in launch.grid:
+                with torch.cuda.device_of(next(v for v in args.values() if isinstance(v, torch.Tensor))):
+                    launch.kernel[launch.grid](**args, **launch.options())
         return [args[name] for name in self.returns]
+
+    def _argument(self, name: str, made: dict[int, torch.Tensor]) -> Any:
+        value = self.args[name]
+        if isinstance(value, Empty):
+            return made.setdefault(id(value), value.new(self.device))
+        return value.clone() if name in self.mutates else value

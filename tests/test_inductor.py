@@ -135,6 +135,99 @@ def test_launches_of_one_kernel_keep_their_own_options() -> None:
     assert source.count("'launch_pdl': True") == 1
 
 
+def cached() -> Any:
+    """An op whose kernel writes x + x / 2 into a cache, with x / 2 from a launch of its own."""
+    from fusionpass.launch import Empty, Launch
+    from tests.twin import copy_kernel, write_kernel
+
+    if hasattr(torch.ops.fusionpass_test, "cached"):
+        return torch.ops.fusionpass_test.cached
+
+    def sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, Any]:
+        return {"cache": torch.zeros(2 * width, device=device), "x": torch.zeros(width, device=device)}
+
+    @fusionpass.op(outputs=("cache",), sample=sample, namespace="fusionpass_test")
+    def cached(cache: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """A write at the start."""
+        return torch.cat([x + x, cache[x.shape[0] :]])
+
+    def plan(arch: Arch, cache: torch.Tensor, x: torch.Tensor) -> Launch:
+        half = Empty(tuple(x.shape), x.dtype)
+        first = Launch(copy_kernel, (1,), {"x": x, "y": half, "N": 1024, "BLOCK": 1024}, ("y",))
+        args = {"cache": cache, "x": x, "half": half, "N": 1024, "START": 0, "BLOCK": 1024}
+        return Launch(write_kernel, (1,), args, ("cache",), mutates=("cache",), before=(first,))
+
+    cached.backends.append(fusionpass.Backend("triton", plan))
+    return torch.ops.fusionpass_test.cached
+
+
+CACHE = (4096,)
+
+
+@pytest.mark.parametrize(
+    ("reads", "copied"),
+    [
+        (lambda old, new, x: (new[:8] * 2,), False),
+        (lambda old, new, x: (new * 2, old[:4] + 1), True),
+        (lambda old, new, x: (new + old,), True),
+    ],
+)
+def test_a_cache_is_written_in_place_where_nobody_reads_the_old_one(reads: Any, copied: bool) -> None:
+    write = cached()
+
+    def function(cache: torch.Tensor, x: torch.Tensor) -> Any:
+        new = write(cache, x)
+        results = reads(cache, new, x)
+        cache.copy_(new)
+        return results
+
+    source, session = generated(
+        "sm_90", lambda: (torch.empty(CACHE, device="cuda"), torch.empty(1024, device="cuda")), function
+    )
+    (record,) = session.report.fused
+    assert ("reads the old value" in record.reason) == copied
+    call = call_of(source)
+    assert len(re.findall(r"copy_kernel\w*\.run\(", call)) == len(re.findall(r"write_kernel\w*\.run\(", call)) == 1
+    assert call.index("copy_kernel") < call.index("write_kernel")
+    written = re.search(r"write_kernel\w*\.run\((\w+), (\w+), (\w+)", call)
+    assert written
+    assert (written[1] == "arg0_1") == (not copied), "in place"
+    allocated = re.findall(r"empty_strided_cuda\(\((\d+),", call)
+    assert ("4096" in allocated) == copied
+
+
+def test_a_cache_that_is_computed_is_copied() -> None:
+    write = cached()
+
+    def function(cache: torch.Tensor, x: torch.Tensor) -> Any:
+        return write(cache + 1, x)
+
+    source, session = generated(
+        "sm_90", lambda: (torch.empty(CACHE, device="cuda"), torch.empty(1024, device="cuda")), function
+    )
+    assert "it is no input of the graph" in session.report.fused[0].reason
+    assert "write_kernel" in source
+
+
+def test_launches_share_a_buffer_and_copy_what_they_mutate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are run eagerly; a fake kernel notes what it is given."""
+    from fusionpass.launch import Empty, Launch
+
+    given: list[dict[str, Any]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda **kwargs: given.append(kwargs)
+
+    between, cache = Empty((4,), torch.float32), torch.zeros(8)
+    first = Launch(Kernel(), (1,), {"x": cache, "y": between}, ("y",))
+    launch = Launch(Kernel(), (1,), {"x": between, "c": cache}, ("c",), mutates=("c",), before=(first,))
+    (result,) = launch.run()
+    assert given[0]["y"] is given[1]["x"]
+    assert given[0]["x"] is cache
+    assert result is given[1]["c"] is not cache
+
+
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 def test_disabled_kernels_become_inductors_own(arch: str) -> None:
     source, session = generated(arch, disable=frozenset({"triton"}))

@@ -31,22 +31,37 @@ def _lower_op(overload: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any
     if planned is None:
         # Called by the model and compiled without our passes.
         return lowering.fallback_handler(overload, add_to_fallback_set=False)(*args, **kwargs)
-    launch, device = planned.launch, planned.launch.device
+    device = planned.launch.device
     given = OPS[overload].bind(args, kwargs)
+    buffers: dict[int, Any] = {}
     arguments: dict[str, Any] = {}
-    for name, value in launch.args.items():
-        if isinstance(value, Empty):
-            arguments[name] = _allocate(value, device)
-        elif isinstance(value, torch.Tensor):
-            arguments[name] = given[planned.sources[name]]
-        else:
-            arguments[name] = _expression(value)
-    written = [name for name, value in launch.args.items() if isinstance(value, Empty)]
-    with _known_writes(written):
-        _launch_kernel_class()(launch, arguments)
-    assert all(isinstance(arguments[name], ir.TensorBox) for name in launch.returns)
-    results = [arguments[name] for name in launch.returns]
+    for launch in planned.launch.all:
+        arguments, written = {}, list(launch.mutates)
+        for name, value in launch.args.items():
+            if isinstance(value, Empty):
+                if id(value) not in buffers:
+                    buffers[id(value)] = _allocate(value, device)
+                    written.append(name)
+                arguments[name] = buffers[id(value)]
+            elif isinstance(value, torch.Tensor):
+                source = given[planned.sources[id(value)]]
+                arguments[name] = _copied(source) if name in launch.mutates and not planned.in_place else source
+            else:
+                arguments[name] = _expression(value)
+        with _known_writes(written):
+            _launch_kernel_class()(launch, arguments)
+    returns = planned.launch.returns
+    assert all(isinstance(arguments[name], ir.TensorBox) for name in returns)
+    results = [arguments[name] for name in returns]
     return results[0] if OPS[overload].single else results
+
+
+def _copied(box: Any) -> Any:
+    from torch._inductor import lowering
+
+    made = lowering.clone(box)
+    made.realize()
+    return made
 
 
 def _expression(value: Any) -> Any:

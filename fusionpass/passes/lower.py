@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..arch import Arch
 from ..errors import FusionpassError
-from ..graphs import CAST, erase_unused, inherit, same_shape, value, values
+from ..graphs import CAST, aten, erase_unused, inherit, outputs_of, same_shape, same_strides, value, values
 from ..launch import Empty, Launch
 from ..op import OPS, Op
 from ..report.trace import GraphTrace, Record, Site
@@ -24,15 +24,43 @@ LAUNCH = "fusionpass_launch"
 
 @dataclass(frozen=True)
 class Planned:
-    """A launch, and for each of its tensor inputs the op's argument that it is."""
+    """A launch and where its inputs are.
+
+    Attributes:
+        sources: for each tensor in it, by identity, the op's argument that it is.
+        in_place: whether what it mutates is written where it is, not to a copy.
+    """
 
     launch: Launch
-    sources: Mapping[str, str]
+    sources: Mapping[int, str]
+    in_place: bool = False
 
 
-def _sources(launch: Launch, arguments: Mapping[str, Any]) -> dict[str, str]:
+def _sources(launch: Launch, arguments: Mapping[str, Any]) -> dict[int, str]:
     named = {id(v.meta["val"]): name for name, v in arguments.items() if isinstance(v, Node)}
-    return {name: named[id(v)] for name, v in launch.args.items() if isinstance(v, torch.Tensor)}
+    tensors = [v for part in launch.all for v in part.args.values() if isinstance(v, torch.Tensor)]
+    return {id(v): named[id(v)] for v in tensors}
+
+
+def _still_read(op: Op, node: Node, arguments: Mapping[str, Any], launch: Launch) -> str | None:
+    """Why what the launch mutates has to be copied first; None: only the op reads it, which then is copied back to it.
+
+    Not even an earlier reader may there be: Inductor moves readers, and knows of no write yet.
+    """
+    results = {0: node} if op.single else outputs_of(node)
+    for name in launch.mutates:
+        given = next(v for v in arguments.values() if isinstance(v, Node) and v.meta["val"] is launch.args[name])
+        result = results.get(launch.returns.index(name))
+        others = [user for user in given.users if user is not node]
+        if given.op != "placeholder":
+            return f"{given.name} is copied before it is written: it is no input of the graph"
+        back = [user for user in others if user.target is aten.copy_.default and user.args == (given, result)]
+        if len(back) != 1:
+            return f"{given.name} is copied before it is written: the result is not its new value"
+        if len(others) > 1:
+            other = next(user for user in others if user is not back[0])
+            return f"{given.name} is copied before it is written: {other.name} reads the old value"
+    return None
 
 
 _ROUNDING = ("low_precision_pointwise_barrier",)
@@ -69,11 +97,12 @@ def lower(
                 launch, reason = None, wrong
                 trace.refused.append(_refused(op, node, arguments, wrong))
         site = node.meta.get("fusionpass", Site())
+        copied = _still_read(op, node, arguments, launch) if launch is not None else None
         trace.fused.append(
             Record(
                 op=op.name,
                 rule=site.rules[-1] if site.rules else "",
-                reason="; ".join(part for part in (reason, _alone(op, node), site.note) if part),
+                reason="; ".join(part for part in (reason, _alone(op, node), copied, site.note) if part),
                 where=site.where,
                 source=site.source,
                 scheme=str(arguments.get("scheme", "")),
@@ -85,9 +114,9 @@ def lower(
             inline(graph, node, op, arguments)
         else:
             sources = _sources(launch, arguments)
-            if all(arguments[sources[name]] in parameters for name in launch.early):
+            if all(arguments[sources[id(launch.args[name])]] in parameters for name in launch.early):
                 launch = launch.reading_early()
-            node.meta[LAUNCH] = Planned(launch, sources)
+            node.meta[LAUNCH] = Planned(launch, sources, bool(launch.mutates) and copied is None)
             node.meta["eager_input_vals"] = (values(node.args), values(node.kwargs))
 
 
@@ -129,12 +158,17 @@ def _just_widened(source: Node) -> torch.dtype | None:
     return before if before.itemsize == 2 and val.dtype == torch.float32 else None
 
 
-def _laid_out_alike(made: Empty, expected: torch.Tensor) -> bool:
-    stride = made.stride if made.stride is not None else torch._prims_common.make_contiguous_strides_for(made.shape)
+def _laid_out_alike(made: Empty | torch.Tensor, expected: torch.Tensor) -> bool:
+    if isinstance(made, torch.Tensor):
+        stride: Any = made.stride()
+    elif made.stride is not None:
+        stride = made.stride
+    else:
+        stride = torch._prims_common.make_contiguous_strides_for(made.shape)
     return (
         made.dtype == expected.dtype
         and same_shape(made.shape, expected.shape)
-        and same_shape(stride, expected.stride())
+        and same_strides(made.shape, stride, expected.stride())
     )
 
 

@@ -9,7 +9,6 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.fx import Graph, GraphModule
-from torch.utils._pytree import tree_map_only
 
 from .. import inductor, pipeline
 from ..arch import Arch
@@ -48,12 +47,11 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
         return inductor.trace_graph(gm, inputs, run)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with FakeCopyMode(mode):
-        traced = copy.deepcopy(model) if isinstance(model, torch.nn.Module) else model
+    with mode, _FakeCopyOn(mode, device), _devices_copied_as(device):
+        memo: dict[int, Any] = {}
+        traced = copy.deepcopy(model, memo) if isinstance(model, torch.nn.Module) else model
+        fake_args, fake_kwargs = copy.deepcopy((args, kwargs), memo)
     with mode, torch.no_grad():
-        if isinstance(traced, torch.nn.Module) and device is not None:
-            _move(traced, device)
-        fake_args, fake_kwargs = tree_map_only(torch.Tensor, lambda t: _fake(mode, t, device), (args, kwargs))
         with _dynamo_cache_untouched() as options_of_compile, _capability_of(options.target):
             torch.compile(traced, backend=backend, dynamic=False, **options_of_compile)(*fake_args, **fake_kwargs)
     return report
@@ -104,21 +102,26 @@ def _device(target: Arch | None) -> torch.device | None:
     return torch.device("cpu") if target.is_cpu else torch.device("cuda", 0)
 
 
-def _move(module: torch.nn.Module, device: torch.device) -> None:
-    """Move a fake copy; shared tensors stay shared (`Module.to` cannot swap fake parameters)."""
-    moved: dict[int, torch.Tensor] = {}
-    for child in module.modules():
-        for name, parameter in child._parameters.items():
-            if parameter is not None:
-                new = moved.setdefault(
-                    id(parameter), torch.nn.Parameter(parameter.detach().to(device), requires_grad=False)
-                )
-                child._parameters[name] = new  # type: ignore[assignment]
-        for name, buffer in child._buffers.items():
-            if buffer is not None:
-                child._buffers[name] = moved.setdefault(id(buffer), buffer.to(device))
+@contextlib.contextmanager
+def _devices_copied_as(device: torch.device | None) -> Iterator[None]:
+    """Where a cache, say, has noted its device, its copy notes `device`."""
+    kinds = {} if device is None else {torch.device: lambda noted, memo: device}
+    with mock.patch.dict(copy._deepcopy_dispatch, kinds):  # type: ignore[attr-defined]
+        yield
 
 
-def _fake(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
-    fake: torch.Tensor = mode.from_tensor(tensor)
-    return fake if device is None else fake.to(device)
+class _FakeCopyOn(FakeCopyMode):
+    """Under this mode `copy.deepcopy` makes fake tensors, on `device`, of those in modules, caches and containers."""
+
+    def __init__(self, mode: FakeTensorMode, device: torch.device | None) -> None:
+        super().__init__(mode)
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = super().__torch_function__(func, types, args, kwargs)
+        if self.device is None or func not in (torch.Tensor.__deepcopy__, torch._C.TensorBase.clone):
+            return made
+        moved = made.to(self.device)
+        if func is torch.Tensor.__deepcopy__:
+            args[1][id(args[0])] = moved
+        return moved
