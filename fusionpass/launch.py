@@ -83,4 +83,7 @@ class Launch:
         value = self.args[name]
         if isinstance(value, Empty):
             return made.setdefault(id(value), value.new(self.device))
-        return value.clone() if name in self.mutates else value
+        if name not in self.mutates:
+            return value
+        copied = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        return copied.copy_(value)

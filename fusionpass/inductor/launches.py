@@ -57,9 +57,10 @@ def _lower_op(overload: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any
 
 
 def _copied(box: Any) -> Any:
-    from torch._inductor import lowering
+    """A copy with the same strides, which the launch was planned for."""
+    from torch._inductor import ir, lowering
 
-    made = lowering.clone(box)
+    made = ir.ExternKernel.require_exact_strides(lowering.clone(box), box.get_stride())
     made.realize()
     return made
 

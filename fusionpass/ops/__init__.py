@@ -30,11 +30,14 @@ from .norm import (
 from .norm.gated import gated_rms_norm, gated_rms_norm_quantize
 from .quant import dequantize, quantize
 from .quant.scheme import Scheme
+from .rope import norm_rope, rope
+from .rope.pair import cache_write, qk_norm, qk_norm_rope, qk_norm_rope_cache, qk_rope, qk_rope_cache
 
 __all__ = [
     "Scheme", "add", "add_layer_norm", "add_layer_norm_quantize", "add_quantize", "add_rms_norm",
-    "add_rms_norm_quantize", "clamped_swiglu", "clamped_swiglu_quantize", "dequantize", "gated_rms_norm",
+    "add_rms_norm_quantize", "cache_write", "clamped_swiglu", "clamped_swiglu_quantize", "dequantize", "gated_rms_norm",
     "gated_rms_norm_quantize", "gelu", "gelu_mul", "gelu_mul_quantize", "gelu_quantize", "layer_norm",
-    "layer_norm_quantize", "quantize", "relu_squared", "relu_squared_quantize", "rms_norm", "rms_norm_quantize", "silu",
-    "silu_mul", "silu_mul_quantize", "silu_quantize", "view_heads",
+    "layer_norm_quantize", "norm_rope", "qk_norm", "qk_norm_rope", "qk_norm_rope_cache", "qk_rope", "qk_rope_cache",
+    "quantize", "relu_squared", "relu_squared_quantize", "rms_norm", "rms_norm_quantize", "rope", "silu", "silu_mul",
+    "silu_mul_quantize", "silu_quantize", "view_heads",
 ]  # fmt: skip

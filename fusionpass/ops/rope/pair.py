@@ -1,0 +1,243 @@
+"""Queries and keys together, and the write of keys and values to a cache behind them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...errors import ArgumentError
+from ...op import EXACT, Op, op
+from ..derive import derived, parameter
+from ..norm import BEFORE, NORM, rms_norm
+from ..rows import triton_backend
+from . import _STYLE, _TENSOR, _TURN, NORMED, ROTATED, _heads, _table, norm_rope, rope
+
+_OPTIONAL = torch.Tensor | None
+_QK = [parameter("q", _TENSOR), parameter("k", _TENSOR)]
+_WEIGHTS = [
+    parameter("q_weight", _OPTIONAL, None),
+    parameter("k_weight", _OPTIONAL, None),
+    parameter("q_eps", float, 1e-6),
+    parameter("k_eps", float, 1e-6),
+    parameter("weight_offset", float, 0.0),
+    parameter("norm_rounding", str, BEFORE),
+]
+_FIRST = parameter("norm_first", bool, True)
+_OF_QK = """
+        q: [batch, heads, tokens, head_dim], or any other order that `rope` takes.
+        k: as `q`, with heads of its own number."""
+_OF_NORM = """
+        q_weight, k_weight: [head_dim], or None: the weight of the norm of each head.
+        q_eps, k_eps: added to the mean squares.
+        weight_offset, norm_rounding: as `rms_norm`."""
+
+
+def _sample_pair(base: Op) -> Any:
+    def sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
+        made: dict[str, Any] = {
+            "q": _heads(4, tokens, width, dtype, device, generator),
+            "k": _heads(2, tokens, width, dtype, device, generator),
+        }
+        if base is not rms_norm:
+            made |= _table(tokens, width, dtype, device, generator)
+        if base is not rope:
+            for name in ("q_weight", "k_weight"):
+                made[name] = torch.rand(width, generator=generator, device=device).add(0.5).to(dtype)
+        return made
+
+    return sample
+
+
+def _each(base: Op, arguments: Mapping[str, Any]) -> list[torch.Tensor]:
+    """`base` of the queries and of the keys."""
+    common = {
+        {"norm_rounding": "rounding"}.get(name, name) if base is rms_norm else name: value
+        for name, value in arguments.items()
+        if name in _COMMON[base]
+    }
+    results = []
+    for which in ("q", "k"):
+        own = {} if base is rope else {"weight": arguments[f"{which}_weight"], "eps": arguments[f"{which}_eps"]}
+        results.append(base.reference(arguments[which], **own, **common))
+    return results
+
+
+_COMMON = {
+    rope: ("cos", "sin", "style", "paired", "rounding"),
+    norm_rope: ("cos", "sin", "style", "paired", "rounding", "weight_offset", "norm_rounding", "norm_first"),
+    rms_norm: ("weight_offset", "norm_rounding"),
+}
+
+
+def _pair(name: str, base: Op, parameters: list[Any], doc: str) -> Op:
+    made = derived(
+        name,
+        parameters,
+        lambda arguments: _each(base, arguments),
+        doc,
+        list[torch.Tensor],
+        outputs=("q_rotated", "k_rotated"),
+        sample=_sample_pair(base),
+        tolerance=dict.fromkeys(("q_rotated", "k_rotated"), {rope: ROTATED, norm_rope: NORMED, rms_norm: NORM}[base]),
+    )
+    made.backends.append(triton_backend(f"{__package__}.triton", f"plan_{name}"))
+    return made
+
+
+qk_rope = _pair(
+    "qk_rope",
+    rope,
+    [*_QK, *_TURN, *_STYLE],
+    f"""`rope` of queries and of keys.
+
+    Args:{_OF_QK}
+        cos, sin, style, paired, rounding: as `rope`.
+
+    Returns:
+        [q, k], rotated.
+
+    Raises:
+        ArgumentError: as `rope`.
+    """,
+)
+qk_norm = _pair(
+    "qk_norm",
+    rms_norm,
+    [*_QK, *_WEIGHTS],
+    f"""`rms_norm` of each head of queries and of keys.
+
+    Args:{_OF_QK}{_OF_NORM}
+
+    Returns:
+        [q, k], normalised.
+
+    Raises:
+        ArgumentError: as `rms_norm`.
+
+    Source: Henry et al., "Query-Key Normalization for Transformers", 2020.
+    """,
+)
+qk_norm_rope = _pair(
+    "qk_norm_rope",
+    norm_rope,
+    [*_QK, *_TURN, *_WEIGHTS, _FIRST, *_STYLE],
+    f"""`rope(rms_norm(...))` of queries and of keys, each head by itself.
+
+    Args:{_OF_QK}
+        cos, sin, style, paired, rounding: as `rope`.{_OF_NORM}
+        norm_first: False: the norm comes behind the rotation.
+
+    Returns:
+        [q, k], normalised and rotated.
+
+    Raises:
+        ArgumentError: as `rope` and `rms_norm`.
+    """,
+)
+
+
+def _sample_cache(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
+    return {
+        "cache": torch.zeros(1, 2, tokens + 8, width, device=device).to(dtype),
+        "x": _heads(2, tokens, width, dtype, device, generator),
+        "positions": torch.arange(3, tokens + 3, device=device),
+    }
+
+
+@op(outputs=("cache",), sample=_sample_cache, tolerance={"cache": EXACT})
+def cache_write(cache: torch.Tensor, x: torch.Tensor, positions: torch.Tensor, dim: int = 2) -> torch.Tensor:
+    """A cache with new rows: `cache.index_copy(dim, positions, x)`.
+
+    Args:
+        cache: [..., slots, ..., head_dim], with the slots in dimension `dim`.
+        x: the shape and dtype of `cache`, but for as many rows in `dim` as there are positions.
+        positions: [rows], int64; no two the same.
+        dim: where the slots are.
+
+    Returns:
+        A tensor like `cache`. Compiled, where nobody reads the old values, it is `cache` itself.
+
+    Raises:
+        ArgumentError: the shapes or dtypes do not fit.
+    """
+    slots = list(cache.shape)
+    if x.dim() != cache.dim() or not 0 <= dim < x.dim() or x.dtype != cache.dtype:
+        raise ArgumentError(f"x is {tuple(x.shape)} {x.dtype}", "cache_write", f"The cache is {slots} {cache.dtype}")
+    if positions.dim() != 1 or any(x.shape[i] != slots[i] for i in range(x.dim()) if i != dim):
+        raise ArgumentError(
+            f"x is {tuple(x.shape)}, positions {tuple(positions.shape)}", "cache_write", f"The cache is {slots}"
+        )
+    return torch.ops.aten.index_put(cache, [*[None] * dim, positions], x)  # type: ignore[no-any-return]
+
+
+def _cached(base: Op) -> Op:
+    """`base`, then both writes; the values' may be missing."""
+    own = list(base.signature.parameters.values())
+    required = [p for p in own if p.default is p.empty]
+    parameters = [
+        *required,
+        parameter("k_cache", _TENSOR),
+        parameter("positions", _TENSOR),
+        *(p for p in own if p not in required),
+        parameter("v", _OPTIONAL, None),
+        parameter("v_cache", _OPTIONAL, None),
+        parameter("dim", int, 2),
+        parameter("k_out", bool, False),
+    ]
+
+    def body(arguments: Mapping[str, Any]) -> list[torch.Tensor]:
+        q, k = base.reference(**{p.name: arguments[p.name] for p in own})
+        positions, dim = arguments["positions"], arguments["dim"]
+        results = [q, cache_write.reference(arguments["k_cache"], k, positions, dim)]
+        if (arguments["v"] is None) != (arguments["v_cache"] is None):
+            raise ArgumentError("only one of v and v_cache is there", f"{base.name}_cache", "Pass both or neither")
+        if arguments["v"] is not None:
+            results.append(cache_write.reference(arguments["v_cache"], arguments["v"], positions, dim))
+        return [*results, *([k] if arguments["k_out"] else [])]
+
+    def outputs(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+        values = ("v_cache",) if arguments["v"] is not None else ()
+        return ("q_rotated", "k_cache", *values, *(("k_rotated",) if arguments["k_out"] else ()))
+
+    def sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
+        keys, values = (_sample_cache(tokens, width, dtype, device, generator) for _ in range(2))
+        return {
+            **base.sample(tokens, width, dtype, device, generator),
+            "k_cache": keys["cache"],
+            "positions": keys["positions"],
+            "v": values["x"],
+            "v_cache": values["cache"],
+        }
+
+    made = derived(
+        f"{base.name}_cache",
+        parameters,
+        body,
+        f"""`{base.name}`, and the write of the keys and the values to a cache.
+
+    Args:
+        {", ".join(p.name for p in own)}: as `{base.name}`.
+        k_cache, v_cache: as `cache` of `cache_write`.
+        positions, dim: as `cache_write`.
+        v: like `k`, or None.
+        k_out: whether the keys are returned too.
+
+    Returns:
+        [q, k_cache], then v_cache where there is a `v`, then k where asked for.
+
+    Raises:
+        ArgumentError: as `{base.name}` and `cache_write`; only one of `v` and `v_cache` is there.
+    """,
+        list[torch.Tensor],
+        outputs=outputs,
+        sample=sample,
+        tolerance={**base.tolerance, "k_cache": base.tolerance["k_rotated"], "v_cache": EXACT},
+        options={"k_rotated": "k_out"},
+    )
+    made.backends.append(triton_backend(f"{__package__}.triton", f"plan_{base.name}"))
+    return made
+
+
+qk_rope_cache = _cached(qk_rope)
+qk_norm_rope_cache = _cached(qk_norm_rope)

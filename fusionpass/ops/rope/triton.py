@@ -1,0 +1,296 @@
+"""Plans of the heads' kernel: which strides it can follow, and how it is cut."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from ...arch import Arch
+from ...launch import Empty, Launch
+from ..norm import BEFORE
+from ..rows import FLOATS, known, static
+from . import DEINTERLEAVED, EACH, HALF, INTERLEAVED, LAST
+from .kernel import heads_kernel
+
+WIDEST = 512
+"""Columns of a head that one program holds in registers."""
+FEW = 1024
+"""Rows of heads up to which a program takes few, so that more programs share the work."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A tensor seen as groups × heads × tokens, whatever the order of its dimensions: sizes and strides."""
+
+    groups: Any
+    heads: Any
+    tokens: Any
+    group: Any
+    head: Any
+    token: Any
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How the kernel is cut: heads and tokens per program, and warps."""
+
+    heads: int
+    tokens: int
+    warps: int
+
+
+def configure(heads: int, rows: int | None, width: int) -> _Cut:
+    """The cut for `heads` query heads and `rows` rows of heads in all (None: any number) of `width` columns.
+
+    A program of few rows takes 1024 elements, one of many 4096; 16-byte loads of half a head leave 128 threads work.
+    """
+    target = 1024 if rows is not None and rows <= FEW else 4096
+    block = triton.next_power_of_2(width)
+    together = max(1, target // block)
+    shared = min(together, triton.next_power_of_2(heads))
+    return _Cut(shared, max(1, together // shared), 4)
+
+
+def plan_one(arch: Arch, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **arguments: Any) -> Launch | str:
+    """The launch that runs `rope` or `norm_rope`, or why there is none."""
+    names = {"weight": "q_weight", "eps": "q_eps"}
+    given = {names.get(name, name): value for name, value in arguments.items()}
+    return _plan(arch, q=x, k=None, cos=cos, sin=sin, normed="norm_first" in given, **given)
+
+
+def plan_qk_rope(arch: Arch, **arguments: Any) -> Launch | str:
+    """The launch that runs `qk_rope`, with the cache or without, or why there is none."""
+    return _plan(arch, normed=False, **{"k_out": True, **arguments})
+
+
+def plan_qk_norm_rope(arch: Arch, **arguments: Any) -> Launch | str:
+    """The launch that runs `qk_norm_rope`, with the cache or without, or why there is none."""
+    return _plan(arch, normed=True, **{"k_out": True, **arguments})
+
+
+def plan_qk_norm(arch: Arch, **arguments: Any) -> Launch | str:
+    """The launch that runs `qk_norm`, or why there is none."""
+    return _plan(arch, normed=True, **arguments)
+
+
+_Axes = tuple[int | None, int, int]
+
+
+def _axes(q: torch.Tensor, cos: torch.Tensor | None, dim: int | None) -> _Axes | str:
+    """Which dimensions of `q` are groups (None: there are none), heads and tokens: a token's heads share a row of cos.
+
+    Args:
+        q: three or four dimensions.
+        cos: None: nothing is rotated.
+        dim: the tokens' dimension, where it is known.
+    """
+    if q.dim() not in (3, 4):
+        return f"x has {q.dim()} dimensions; the kernel takes heads and tokens, and a batch"
+    ahead = (1,) * q.dim() if cos is None else (1,) * (q.dim() - cos.dim()) + tuple(cos.shape[:-1])
+    both = {q.dim() - 3, q.dim() - 2}
+    for heads in (q.dim() - 3, q.dim() - 2):
+        (tokens,) = both - {heads}
+        if known(ahead[heads] == 1) and dim in (None, tokens):
+            return (0 if q.dim() == 4 else None), heads, tokens
+    return f"cos is {tuple(ahead)} for heads of {tuple(q.shape)}: each head has its own angles"
+
+
+def _rows(t: torch.Tensor, axes: _Axes, name: str) -> _Rows | str:
+    if not known(t.stride(-1) == 1) and not known(t.shape[-1] == 1):
+        return f"{name} has stride {t.stride(-1)} in its last dimension, not 1"
+    group, head, token = axes
+    groups, step = (1, 0) if group is None else (t.shape[group], t.stride(group))
+    return _Rows(groups, t.shape[head], t.shape[token], step, t.stride(head), t.stride(token))
+
+
+def _table(t: torch.Tensor, q: torch.Tensor, axes: _Axes, name: str) -> tuple[Any, Any] | str:
+    """The strides of cos or sin over groups and tokens."""
+    group, _, token = axes
+    if not known(t.stride(-1) == 1) and not known(t.shape[-1] == 1):
+        return f"{name} has stride {t.stride(-1)} in its last dimension, not 1"
+    missing = q.dim() - t.dim()
+
+    def step(axis: int | None) -> Any:
+        if axis is None or axis < missing or known(t.shape[axis - missing] == 1):
+            return 0
+        return t.stride(axis - missing)
+
+    for axis in (group, token):
+        size = 1 if axis is None or axis < missing else t.shape[axis - missing]
+        if axis is not None and not known(size == 1) and not known(size == q.shape[axis]):
+            return f"{name} is {tuple(t.shape)} for x of {tuple(q.shape)}"
+    return step(group), step(token)
+
+
+def _strides(name: str, rows: Any) -> dict[str, Any]:
+    return {
+        f"{name}_group": 0 if rows is None else rows.group,
+        f"{name}_head": 0 if rows is None else rows.head,
+        f"{name}_token": 0 if rows is None else rows.token,
+    }
+
+
+def _refuse_dtypes(
+    q: torch.Tensor,
+    likes: Mapping[str, torch.Tensor | None],
+    tables: Mapping[str, torch.Tensor | None],
+    weights: Mapping[str, torch.Tensor | None],
+    rounding: str,
+    norm_rounding: str,
+) -> str | None:
+    if q.dtype not in FLOATS:
+        return f"x is {q.dtype}"
+    for name, other in likes.items():
+        if other is not None and (other.dtype != q.dtype or other.device != q.device):
+            return f"{name} is {other.dtype} on {other.device}, x is {q.dtype} on {q.device}"
+    dtypes = {t.dtype for t in tables.values() if t is not None}
+    if len(dtypes) > 1 or any(t is not None and t.device != q.device for t in tables.values()):
+        return f"cos and sin are {sorted(map(str, dtypes))}, and on {q.device} or not"
+    for dtype in dtypes if rounding == EACH else ():
+        if torch.promote_types(q.dtype, dtype) not in (q.dtype, dtype):
+            return f"x is {q.dtype} and cos {dtype}: steps are rounded to neither"
+    for name, weight in weights.items():
+        if weight is None:
+            continue
+        if weight.dtype not in FLOATS or weight.device != q.device or not known(weight.stride(0) == 1):
+            return f"{name} is {weight.dtype} on {weight.device} with strides {tuple(weight.stride())}"
+        if norm_rounding == BEFORE and weight.dtype != q.dtype:
+            return f"{name} is {weight.dtype}, x is {q.dtype}: the normalised heads would have another dtype than x"
+    return None
+
+
+def _out(rows: _Rows, shape: Any, dtype: torch.dtype, axes: _Axes, in_order: bool) -> tuple[Empty, _Rows]:
+    """The rotated heads, laid out as the reference does: as they came, or `in_order` of their dimensions."""
+    order = [axis for axis in axes if axis is not None]
+    inner_heads = known(rows.head <= rows.token) and not known(rows.tokens == 1)
+    if in_order:
+        order.sort()
+    elif inner_heads:
+        order = [*order[:-2], order[-1], order[-2]]
+    strides: dict[int, Any] = {len(shape) - 1: 1}
+    step = shape[-1]
+    for axis in reversed(order):
+        strides[axis] = step
+        step = step * shape[axis]
+    group, head, token = axes
+    made = tuple(strides[axis] for axis in range(len(shape)))
+    steps = (0 if group is None else made[group], made[head], made[token])
+    return Empty(tuple(shape), dtype, made), _Rows(rows.groups, rows.heads, rows.tokens, *steps)
+
+
+def _plan(
+    arch: Arch,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    normed: bool,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    q_eps: float = 1e-6,
+    k_eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    norm_rounding: str = BEFORE,
+    norm_first: bool = True,
+    style: str = HALF,
+    paired: bool = False,
+    rounding: str = EACH,
+    v: torch.Tensor | None = None,
+    k_cache: torch.Tensor | None = None,
+    v_cache: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    dim: int = 2,
+    k_out: bool = True,
+) -> Launch | str:
+    likes = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    given = {"cos": cos, "sin": sin}
+    weights = {"q_weight": q_weight, "k_weight": k_weight}
+    if reason := _refuse_dtypes(q, likes, given, weights, rounding, norm_rounding):
+        return reason
+    width: Any = q.shape[-1]
+    turned = width if cos is None else cos.shape[-1] * (2 if paired else 1)
+    if not isinstance(width, int) or not isinstance(turned, int) or not 0 < width <= WIDEST or turned % 2:
+        return f"heads of {width} columns, {turned} of them rotated (at most {WIDEST}, an even number)"
+    wide = cos is not None and rounding == EACH and torch.promote_types(q.dtype, cos.dtype) != q.dtype
+    if wide and normed and not norm_first:
+        return f"x is {q.dtype} and the norm reads it rotated, which is wider"
+    if wide and k_cache is not None:
+        return f"the cache is {k_cache.dtype}, and the rotated keys are wider"
+    axes = _axes(q, cos, None if positions is None else dim)
+    if isinstance(axes, str):
+        return axes
+    tables = {name: _table(t, q, axes, name) if t is not None else (0, 0) for name, t in given.items()}
+    rows = {name: _rows(t, axes, name) for name, t in {"q": q, **likes}.items() if t is not None}
+    for found in (*tables.values(), *rows.values()):
+        if isinstance(found, str):
+            return found
+    shape: Any = rows["q"]
+    keys: Any = rows.get("k")
+    heads, key_heads = static(shape.heads), static(keys.heads) if keys is not None else 0
+    if heads is None or key_heads is None:
+        return "the number of heads is symbolic"
+    in_order = paired or turned < width or style == DEINTERLEAVED
+    dtype = cos.dtype if wide and cos is not None else q.dtype
+    q_out, q_out_rows = _out(shape, q.shape, dtype, axes, in_order)
+    made, made_rows = _out(keys, k.shape, dtype, axes, in_order) if k is not None and k_out else (None, None)
+    tokens = shape.groups * shape.tokens
+    count = static(tokens)
+    cut = configure(heads, None if count is None else count * (heads + key_heads), width)
+    key_blocks = -(-key_heads // cut.heads)
+    blocks = -(-heads // cut.heads) + key_blocks * (2 if v is not None else 1)
+    outputs = {"q_out": q_out, "k_cache": k_cache, "v_cache": v_cache, "k_out": made}
+    half = turned // 2
+    return Launch(
+        heads_kernel,
+        ((tokens + cut.tokens - 1) // cut.tokens, blocks),
+        {
+            "q": q,
+            "k": k,
+            "v": v,
+            **given,
+            **weights,
+            "positions": positions,
+            **outputs,
+            "tokens": tokens,
+            "per_group": shape.tokens,
+            "q_heads": heads,
+            "k_heads": key_heads,
+            **_strides("q", shape),
+            **_strides("k", keys),
+            **_strides("v", rows.get("v")),
+            "cos_group": tables["cos"][0],
+            "cos_token": tables["cos"][1],
+            "sin_group": tables["sin"][0],
+            "sin_token": tables["sin"][1],
+            **_strides("q_out", q_out_rows),
+            **_strides("k_out", made_rows),
+            **_strides("k_cache", rows.get("k_cache")),
+            **_strides("v_cache", rows.get("v_cache")),
+            "positions_step": 0 if positions is None else positions.stride(0),
+            "slots": 0 if k_cache is None else k_cache.shape[dim],
+            "q_eps": q_eps,
+            "k_eps": k_eps,
+            "offset": weight_offset or None,
+            "unit": 1.0,
+            "DIM": width,
+            "HALF": half,
+            "BLOCK": triton.next_power_of_2(half),
+            "REST": width - turned,
+            "READ_PAIRS": style != HALF,
+            "WRITE_PAIRS": style == INTERLEAVED,
+            "PAIRED": paired,
+            "NORM": ("before" if norm_first else "after") if normed else "",
+            "AFTER": norm_rounding != BEFORE,
+            "LAST": rounding == LAST,
+            "WIDE": wide,
+            "HEADS": cut.heads,
+            "TOKENS": cut.tokens,
+            "PDL": arch.has_pdl,
+        },
+        returns=tuple(name for name, output in outputs.items() if output is not None),
+        num_warps=cut.warps,
+        pdl=arch.has_pdl,
+        mutates=tuple(name for name in ("k_cache", "v_cache") if likes[name] is not None),
+    )
