@@ -202,7 +202,9 @@ class Pattern:
         while waiting:
             node = waiting.pop()
             places = [(None if node.target in COMMUTATIVE else i, a) for i, a in enumerate(node.args)]
-            near = [*((place, a) for place, a in places if isinstance(a, Node)), *((_READER, u) for u in node.users)]
+            listed = [(None, a) for arg in node.args if isinstance(arg, list | tuple) for a in arg]
+            near = [(place, a) for place, a in (*places, *listed) if isinstance(a, Node)]
+            near += [(_READER, user) for user in node.users]
             for step, other in near:
                 if other in paths or other.op == "output":
                     continue
@@ -259,8 +261,9 @@ class Pattern:
         entered = state.with_node(p, g)
         orders = [g.args, g.args[::-1]] if p.target in COMMUTATIVE and len(g.args) == 2 else [g.args]
         for position, sizes in ((i, sizes) for (node, i), sizes in self.shapes.items() if node is p):
-            actual = g.args[position]
-            sized = _bind_sizes(entered, sizes, actual) if isinstance(actual, list | tuple) else None
+            given = g.args[position]
+            actual: Any = given if isinstance(given, list | tuple) else [given]
+            sized = _bind_sizes(entered, sizes, actual)
             if sized is None:
                 attempt.fail(_count(state), g, f"expected the sizes {_sizes(sizes)}, found {_sizes(actual)}")
                 return
@@ -282,6 +285,12 @@ class Pattern:
                 return
             for deeper in self._node(state, p, actual, attempt):
                 yield from self._arguments(deeper, rest, g, attempt)
+            return
+        if isinstance(p, list | tuple) and any(isinstance(a, Node) for a in p):
+            if not isinstance(actual, list | tuple) or len(p) != len(actual):
+                attempt.fail(_count(state) - 1, g, f"expected {len(p)} operands of {_name(g)}")
+                return
+            yield from self._arguments(state, [*zip(p, actual, strict=True), *rest], g, attempt)
             return
         bound = self._literal(state, p, actual)
         if bound is None:

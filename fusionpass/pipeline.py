@@ -12,13 +12,14 @@ from .op import Op
 from .passes.cleanup import cleanup
 from .passes.exact import keep_reductions
 from .passes.fuse import fuse
+from .passes.heads import bring_together
 from .passes.layout import lay_out
 from .passes.lower import lower
 from .passes.normalize import normalize
 from .passes.recognise import recognise
 from .report.show import show
 from .report.trace import GraphTrace
-from .rule import Fold, Spelling
+from .rule import Beside, Fold, Spelling
 from .rules import FOLDS, SPELLINGS
 
 Pass = tuple[str, Callable[[Graph], None]]
@@ -35,9 +36,10 @@ def early(config: Config, trace: GraphTrace) -> list[Pass]:
 
 def late(config: Config, trace: GraphTrace, parameters: frozenset[Node] = frozenset()) -> list[Pass]:
     """After the joint passes, before code generation; `parameters` are the graph's inputs that no kernel writes."""
-    folds = [*(rule for rule in config.rules if isinstance(rule, Fold)), *FOLDS]
+    folds = [*(rule for rule in config.rules if isinstance(rule, Fold | Beside)), *FOLDS]
 
     def fused(graph: Graph) -> None:
+        bring_together(graph)
         fuse(graph, folds, trace, config.disable, config.verify)
         lay_out(graph)
 

@@ -39,9 +39,11 @@ class Spelling:
         name: "family.model", as in reports and `Config.disable`.
         op: what it means.
         function: plain PyTorch, its parameters named as the op's; tensors are matched to anything, numbers are bound:
-            floats where they appear, ints where they are a size. It returns what the op returns.
+            floats where they appear, ints where they are a size or the bound of a slice. An int that the op has no
+            argument for is there for `refuse` alone. It returns what the op returns.
         constants: arguments of the op that this spelling fixes.
         refuse: `refuse(arguments)`, the reason why a match with these arguments (nodes and numbers) is none after all.
+        sample: as the op's, which it replaces for tracing; it may give ints, too, that depend on the width.
 
     The function is traced on the op's own sample, for every combination of 16-bit and float32 parameters, through the
     same decompositions and the same `normalize` as the graphs that it is looked for in.
@@ -52,6 +54,7 @@ class Spelling:
     function: Callable[..., Any]
     constants: Mapping[str, Any] = field(default_factory=dict, hash=False)
     refuse: Callable[[Mapping[str, Any]], Refusal] | None = None
+    sample: Callable[..., dict[str, Any]] | None = field(default=None, hash=False)
 
     def patterns(self, device: str, present: Container[Any] | None = None) -> list[Pattern]:
         """The graphs of this spelling on `device` ("cpu" or "cuda"), one for each combination of dtypes.
@@ -72,7 +75,8 @@ class Spelling:
 
     @functools.cache  # noqa: B019  (a rule lives as long as the process)
     def _some(self, device: str, start: int, stop: int | None) -> list[Pattern]:
-        return _patterns(f"Spelling {self.name}", self.function, self.op, device, _anchors, start, stop)
+        where, sample = f"Spelling {self.name}", self.sample or self.op.sample
+        return _patterns(where, self.function, self.op, device, _anchors, sample, start, stop)
 
 
 @dataclass(frozen=True)
@@ -119,12 +123,37 @@ class Fold:
             RuleError: as `Spelling.patterns`.
         """
         assert not isinstance(self.producer, Op)
-        found = (_patterns(f"Fold {self.name}", function, self.fused, device, _output) for function in self.producer)
+        where, fused = f"Fold {self.name}", self.fused
+        found = (_patterns(where, function, fused, device, _output, fused.sample) for function in self.producer)
         return list(itertools.chain.from_iterable(found))
 
     def joined(self, given: dict[str, Any], asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]] | str:
         """The fused op's arguments and the renamed outputs, or why not; see `join`."""
         return self.join(given, asked) if self.join is not None else ({**given, **asked}, {})
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Two ops that read the same tensor, and neither the other's result, as one op.
+
+    Args:
+        name: as in reports and `Config.disable`.
+        first: an op.
+        second: the other op; the two that are nearest in the graph are tried first.
+        fused: the op that is both.
+        shared: the arguments in which both must have the same tensor.
+        join: `join(first's arguments, second's) -> (arguments, renamed, renamed)`, or the reason why not: those of the
+            fused op, and what it calls their outputs where that is something else.
+        later: where both are one op, the one whose result this op reads counts as the second.
+    """
+
+    name: str
+    first: Op
+    second: Op
+    fused: Op
+    shared: tuple[str, ...]
+    join: Callable[[dict[str, Any], dict[str, Any]], tuple[dict[str, Any], dict[str, str], dict[str, str]] | str]
+    later: Op | None = None
 
 
 def _patterns(
@@ -133,21 +162,23 @@ def _patterns(
     op: Op,
     device: str,
     anchors: Callable[[Graph], list[Node]],
+    sample: Callable[..., dict[str, Any]],
     start: int = 0,
     stop: int | None = None,
 ) -> list[Pattern]:
     """The patterns of the combinations of dtypes from `start` to `stop`."""
     found: list[Pattern] = []
     with FakeTensorMode(), torch.no_grad():
-        inputs, scalars = _inputs(function, op, device, 0)
+        inputs, scalars = _inputs(function, op, device, sample(*_SIZES[0], HALF, "cpu", None), _NAMED[0])
         free = [k for k, v in inputs.items() if v.dtype == HALF]
         for dtypes in itertools.islice(itertools.product((HALF, torch.float32), repeat=len(free)), start, stop):
             kinds = dict(zip(free, dtypes, strict=True))
             try:
                 graph = _trace(function, inputs, kinds, scalars, where)
                 shapes: dict[tuple[Node, int], list[int | str | None]] = {}
-                if any(node.target in _SHAPED for node in graph.nodes):
-                    others, changed = _inputs(function, op, device, 1)
+                if any(node.target in (*_SHAPED, aten.slice.Tensor) for node in graph.nodes):
+                    other = sample(*_SIZES[1], HALF, "cpu", None)
+                    others, changed = _inputs(function, op, device, other, _NAMED[1])
                     named = {(n, changed[k]): k for k, n in scalars.items()}
                     shapes = _free_sizes(graph, _trace(function, others, kinds, changed, where), named)
             except ArgumentError:
@@ -161,12 +192,11 @@ def _patterns(
 
 
 def _inputs(
-    function: Callable[..., Any], op: Op, device: str, trace: int
+    function: Callable[..., Any], op: Op, device: str, sample: Mapping[str, Any], sizes: tuple[int, ...]
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Tensors and numbers for the function's parameters: the op's sample, and what it leaves to its defaults."""
-    sample = op.sample(*_SIZES[trace], HALF, "cpu", None)
     first = next(v for v in sample.values() if isinstance(v, torch.Tensor))
-    named = iter(_NAMED[trace])
+    named = iter(sizes)
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, float] = {}
     for i, (name, parameter) in enumerate(inspect.signature(function).parameters.items()):
@@ -174,7 +204,7 @@ def _inputs(
             continue
         value = sample.get(name, 1.0 if parameter.annotation is float else torch.empty_like(first))
         if parameter.annotation is int:
-            scalars[name] = next(named)
+            scalars[name] = sample[name] if name in sample else next(named)
         elif isinstance(value, torch.Tensor):
             tensors[name] = value.to(device)
         elif isinstance(value, float):
@@ -211,6 +241,8 @@ def _free_sizes(
     shapes: dict[tuple[Node, int], list[int | str | None]] = {}
     for a, b in zip(graph.nodes, other.nodes, strict=True):
         for i, (here, there) in enumerate(zip(a.args, b.args, strict=True)):
+            if a.target is aten.slice.Tensor and (here, there) in named:
+                shapes[a, i] = [named[here, there]]
             if a.target in _SHAPED and isinstance(here, list | tuple) and isinstance(there, list | tuple):
                 pairs = zip(here, there, strict=True)
                 shapes[a, i] = [named.get((m, n), m if m == n else None) for m, n in pairs]

@@ -201,7 +201,8 @@ def test_llama(config, backend):
     model, ids = _llama(), torch.randint(3, 64, (1, 7))
     plain = explain(model, ids, use_cache=False, config=config)
     assert (plain.count("rms_norm"), plain.count("add_rms_norm"), plain.count("silu_mul")) == (1, 2 * LAYERS, LAYERS)
-    assert len(plain.fused) == 3 * LAYERS + 1
+    assert plain.count("qk_rope") == LAYERS
+    assert len(plain.fused) == 4 * LAYERS + 1
 
     fusionpass.quantize_(model, "fp8_static", calibration=[ids], skip=("lm_head",), progress=False)
     report = explain(model, ids, use_cache=False, config=config)

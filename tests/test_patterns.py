@@ -78,6 +78,14 @@ def in_groups(x: torch.Tensor) -> torch.Tensor:
     return x.view(x.shape[0], x.shape[1] // 128, 128).abs()
 
 
+def flattened(x: torch.Tensor) -> torch.Tensor:
+    return x[None].view(-1, x.shape[1]).abs()
+
+
+def widest(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x * weight.expand(x.shape[0], -1)
+
+
 def in_parts(x: torch.Tensor, weight: torch.Tensor, size: int) -> torch.Tensor:
     return x.view(x.shape[0], -1, size).abs() * weight.view(-1, size)
 
@@ -91,6 +99,10 @@ def in_parts(x: torch.Tensor, weight: torch.Tensor, size: int) -> torch.Tensor:
         (scaled, lambda x, w: w.float() * x.float().amax(1, True), (X, W)),
         (narrowed, narrowed, (X.half(),)),
         (in_groups, lambda x: x.view(2, 2, 2, 128).abs(), (X,)),
+        (in_groups, lambda x: x.view(4, 2, -1).abs(), (X,)),
+        (flattened, lambda x: x[None].view(4, 256).abs(), (X,)),
+        (widest, lambda x, w: x * w.expand(4, 256), (X, W)),
+        (widest, lambda x, w: x * w.expand(4, -1), (X, W)),
     ],
 )
 def test_what_is_it(spelled: Function, model: Function, args: tuple[Any, ...]) -> None:
@@ -125,7 +137,7 @@ def test_what_is_it(spelled: Function, model: Function, args: tuple[Any, ...]) -
         ),
         (counted, counted, (X.to("meta"),), "expected the constant cpu, found meta"),
         (in_groups, lambda x: x.view(4, 4, 64).abs(), (X,), "expected the sizes [any, any, 128], found [4, 4, 64]"),
-        (in_parts, lambda x, w: x.view(4, -1, 64).abs() * w.view(-1, 1), (X, W[:4]), "expected the sizes [-1, size]"),
+        (in_parts, lambda x, w: x.view(4, -1, 64).abs() * w.view(-1, 1), (X, W[:4]), "expected the sizes [any, size]"),
     ],
 )
 def test_what_is_not(spelled: Function, model: Function, args: tuple[Any, ...], expected: str) -> None:
@@ -155,7 +167,7 @@ def test_a_size_is_a_number() -> None:
 
     assert found(in_parts, lambda x, w: model(x, w, 64), X, W).arguments["size"] == 64
     why = reason(in_parts, lambda x, w: model(x, w, w.shape[0]), X, W, symbolic=True)
-    assert why.startswith("expected the sizes [any, -1, size], found [4, -1, sym_size_int")
+    assert why.startswith("expected the sizes [any, any, size], found [4, 1, sym_size_int")
 
 
 def test_a_size_is_no_tensor() -> None:

@@ -16,26 +16,24 @@ from ..graphs import (
     insert_outputs,
     is_view_of_rows,
     mutated,
-    outputs_of,
     same_shape,
-    source_line,
     value,
     values,
-    where,
     writers,
 )
 from ..infer import Inference
 from ..match import Attempt, anchor_key
 from ..op import OPS, Op, Refusal
 from ..report.trace import GraphTrace, Record, Site
-from ..rule import Fold
+from ..rule import Beside, Fold
 from ..verify import check_rewrite
+from .beside import beside, named_outputs, site_of
 from .recognise import disabled
 
 
 def fuse(
     graph: Graph,
-    folds: Iterable[Fold],
+    folds: Iterable[Fold | Beside],
     trace: GraphTrace,
     disable: frozenset[str] = frozenset(),
     verify: bool = False,
@@ -48,7 +46,7 @@ def fuse(
         changed = False
         for node in [n for n in graph.nodes if n.target in OPS]:
             for fold in folds:
-                if node._erased or node.target is not fold.consumer.overload:
+                if isinstance(fold, Beside) or node._erased or node.target is not fold.consumer.overload:
                     continue
                 found = _producer(fold, node)
                 if found is None:
@@ -63,14 +61,14 @@ def fuse(
                     # What another fold could not do with this reader does not matter any more.
                     refused = {key: record for key, record in refused.items() if key[0] != node.name}
                     break
-                site = _site(node)
+                site = site_of(node)
                 refused[node.name, fold.name] = Record(fold.fused.name, fold.name, refusal, site.where, site.source)
+        # Only when nothing more folds: a half of a pair folds with nothing.
+        for node in [n for n in graph.nodes if n.target in OPS] if not changed else ():
+            for pair in folds:
+                if isinstance(pair, Beside) and not node._erased and node.target is pair.first.overload:
+                    changed |= beside(graph, pair, node, infer, written, trace, disable, verify)
     trace.refused += refused.values()
-
-
-def _site(node: Node) -> Site:
-    site = node.meta.get("fusionpass")
-    return site if isinstance(site, Site) else Site((), where(node), source_line(node))
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ def _fold(
     # Views that others read stay, and then they read the fused op's output.
     inside = {consumer, *found.views, *found.nodes, found.read}
     leaving = {consumer} if any(u not in inside for view in found.views for u in view.users) else inside
-    consumed = _outputs(fold.consumer, consumer)
+    consumed = named_outputs(fold.consumer, consumer)
     readers = [reader for node in kept.values() for reader in node.users if reader not in leaving]
     point = min([consumer, *readers])
     inputs = [a for a in arguments.values() if isinstance(a, Node)]
@@ -196,7 +194,7 @@ def _fold(
     with graph.inserting_before(point):
         fused = graph.call_function(fold.fused.overload, *fold.fused.call(arguments))
     own = isinstance(fold.producer, Op)
-    above, below = _site(found.nodes[-1]), _site(consumer)
+    above, below = site_of(found.nodes[-1]), site_of(consumer)
     named = above if own else below
     fused.meta = inherit(found.nodes[-1] if own else consumer, results if not fold.fused.single else results[0])
     fused.meta["fusionpass"] = Site(
@@ -216,21 +214,13 @@ def _fold(
     return None
 
 
-def _outputs(op: Op, node: Node) -> dict[str, Node]:
-    """The nodes that stand for each of an op's outputs, by name; those that nobody reads are left out."""
-    if op.single:
-        return {op.outputs(op.bind(node.args, node.kwargs))[0]: node}
-    names = op.outputs(op.bind(node.args, node.kwargs))
-    return {names[i]: item for i, item in outputs_of(node).items()}
-
-
 def _kept(fold: Fold, consumer: Node, found: _Found) -> dict[str, Node]:
     """The producer's outputs that somebody besides this fold reads, by name."""
     path = {*found.views, consumer}
     readers = {user for node in (found.read, *found.views) for user in node.users}
     others = {fold.output: found.read} if readers - path else {}
     if isinstance(fold.producer, Op) and not fold.producer.single:
-        items = _outputs(fold.producer, found.nodes[-1])
+        items = named_outputs(fold.producer, found.nodes[-1])
         others |= {name: item for name, item in items.items() if item is not found.read and item.users}
     return others
 

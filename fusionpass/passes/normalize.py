@@ -27,6 +27,9 @@ _ALIASES = (
 )  # fmt: skip
 
 
+_END = 2**63 - 1
+
+
 def normalize(graph: Graph) -> None:
     """Rewrite `graph` in place: canonical operators and dims, no-ops gone, common subexpressions merged."""
     escaping = _escaping(graph)
@@ -68,6 +71,13 @@ def _canonical(node: Node, make: _Make) -> None:
     args: Any = node.args
     if target in (aten.select.int, aten.squeeze.dim) and args[1] >= 0:
         node.args = args = (args[0], args[1] - args[0].meta["val"].dim(), *args[2:])
+    if target in (*VIEWS, aten.expand.default):
+        node.args = args = (args[0], _written_out(node), *args[2:])
+    if target is getitem and args[0].target in (aten.split.Tensor, aten.split_with_sizes.default):
+        _part(node)
+        target, args = node.target, node.args
+    if target is aten.slice.Tensor:
+        node.args = _bounds(node)
     if target in _SCALAR_FORMS:
         node.target = _SCALAR_FORMS[target]
     if target in _REDUCTIONS and len(args) > 1 and isinstance(args[1], list | tuple):
@@ -95,6 +105,37 @@ def _canonical(node: Node, make: _Make) -> None:
         _literal(node)
     elif target in _PROMOTING:
         node.args = tuple(_promoted(node, i, make) for i in range(len(args)))
+
+
+def _written_out(node: Node) -> list[Any]:
+    """The sizes that a view is given, with the number that a -1 among them stands for, where it is one."""
+    given: Any = node.args[1]
+    made = zip(given, node.meta["val"].shape, strict=True)
+    return [size if want == -1 and isinstance(size, int) else want for want, size in made]
+
+
+def _part(node: Node) -> None:
+    """A part of a split as a slice."""
+    source: Any = node.args[0]
+    index: Any = node.args[1]
+    x, _, *rest = source.args
+    dim = rest[0] if rest else source.kwargs.get("dim", 0)
+    parts = [val.shape[dim] for val in source.meta["val"]]
+    start = sum(parts[:index])
+    node.target, node.args = aten.slice.Tensor, (x, dim, start, start + parts[index])
+
+
+def _bounds(node: Node) -> tuple[Any, ...]:
+    """The arguments of a slice, with its dimension counted from the last, and no end where it is the end."""
+    x: Any = node.args[0]
+    given: list[Any] = [*node.args[1:]]
+    dim, start, end, step = given + [0, None, None, 1][len(given) :]
+    val = x.meta["val"]
+    size = val.shape[dim]
+    # As `x[..., start:]` is traced.
+    whole = end is None or (isinstance(end, int) and isinstance(size, int) and end >= size)
+    made = (x, dim - val.dim() if dim >= 0 else dim, 0 if start is None else start, _END if whole else end)
+    return made if step == 1 else (*made, step)
 
 
 def _squares(node: Node) -> bool:

@@ -170,7 +170,8 @@ def _replace(
     if leak is not None:
         return f"{leak[0].name} is also read by {leak[1].name}, outside; the op would compute it twice"
     op = spelling.op
-    arguments = op.bind((), {**match.arguments, **spelling.constants})
+    named = {k: v for k, v in match.arguments.items() if k in op.signature.parameters}
+    arguments = op.bind((), {**named, **spelling.constants})
     results = infer(op, arguments)
     if isinstance(results, str):
         return results

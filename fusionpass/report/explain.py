@@ -51,9 +51,8 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
         memo: dict[int, Any] = {}
         traced = copy.deepcopy(model, memo) if isinstance(model, torch.nn.Module) else model
         fake_args, fake_kwargs = copy.deepcopy((args, kwargs), memo)
-    with mode, torch.no_grad():
-        with _dynamo_cache_untouched() as options_of_compile, _capability_of(options.target):
-            torch.compile(traced, backend=backend, dynamic=False, **options_of_compile)(*fake_args, **fake_kwargs)
+    with mode, torch.no_grad(), _dynamo_cache_untouched() as options_of_compile, _capability_of(options.target):
+        torch.compile(traced, backend=backend, dynamic=False, **options_of_compile)(*fake_args, **fake_kwargs)
     return report
 
 

@@ -1,12 +1,13 @@
 """When: every spelling and fold of the package, in the order in which they are tried."""
 
-from ..rule import Fold, Spelling
-from . import activation, libraries, norm, quant
+from ..rule import Beside, Fold, Spelling
+from . import activation, libraries, norm, quant, rope
 
 SPELLINGS: tuple[Spelling, ...] = (
     *norm.SPELLINGS,
     *activation.SPELLINGS,
     *quant.SPELLINGS,
     *libraries.SPELLINGS,
+    *rope.SPELLINGS,
 )
-FOLDS: tuple[Fold, ...] = (*norm.FOLDS, *activation.FOLDS)
+FOLDS: tuple[Fold | Beside, ...] = (*norm.FOLDS, *activation.FOLDS, *rope.FOLDS)

@@ -13,9 +13,9 @@ def forward(
     getitem_5 = add_rms_norm_quantize_default[0]  # e4m3[3, 5, 64]
     getitem_4 = add_rms_norm_quantize_default[1]  # bf16[3, 5, 64]
     getitem_3 = add_rms_norm_quantize_default[2]  # bf16[3, 5, 64]
-    view = aten.view.default(getitem_4, [-1, 64])  # bf16[15, 64]
+    view = aten.view.default(getitem_4, [15, 64])  # bf16[15, 64]
     convert_element_type_2 = prims.convert_element_type.default(view, torch.float32)  # f32[15, 64]
-    view_default = aten.view.default(getitem_5, [-1, 64])  # e4m3[15, 64]
+    view_default = aten.view.default(getitem_5, [15, 64])  # e4m3[15, 64]
     sum_1 = aten.sum.dim_IntList(convert_element_type_2, [-1])  # f32[15]
     return (view_default, sum_1, getitem_3)
 

@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.source import ConstantSource
 from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fusionpass.graphs import aten
 from fusionpass.passes.normalize import normalize
@@ -27,6 +30,18 @@ def normalised(model: Model, x: torch.Tensor = X) -> list[str]:
         assert (e.dtype, e.shape) == (a.dtype, a.shape)
         assert torch.equal(e, a)
     return [str(node.target).removeprefix("aten.") for node in module.graph.nodes if node.op == "call_function"]
+
+
+def test_a_size_that_is_left_to_torch_is_written_out_where_it_is_known() -> None:
+    assert normalised(lambda x: x.view(-1, 2) + x.view(16, -1)) == ["view.default", "add.Tensor"]
+    assert normalised(lambda x: x[:1].expand(4, -1) + x[:1].expand(-1, 8).expand(4, 8)).count("expand.default") == 1
+    # Rows are symbolic, columns are not.
+    sizes: Any = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    x = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(X, symbolic_context=sizes, source=ConstantSource("x"))
+    graph = make_fx(lambda x: x.view(x.shape[0], -1, 4).view(-1, 4), select_decomp_table())(x).graph
+    normalize(graph)
+    views = [node for node in graph.nodes if node.target is aten.view.default]
+    assert [[size for size in view.args[1] if isinstance(size, int)] for view in views] == [[2, 4], [-1, 4]]
 
 
 @pytest.mark.parametrize("index", [1, -1])

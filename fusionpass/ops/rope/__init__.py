@@ -24,20 +24,28 @@ NORMED = dataclasses.replace(NORM, fp32_ulp=64, cancels=2)
 _TENSOR, _OPTIONAL = torch.Tensor, torch.Tensor | None
 
 
-def _heads(heads: int, tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> torch.Tensor:
-    return torch.randn(1, tokens, heads, width, generator=generator, device=device).to(dtype).transpose(1, 2)
+def heads(count: int, tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> torch.Tensor:
+    """Random [1, count, tokens, width], with the tokens' rows in memory as a projection leaves them."""
+    made = torch.randn(1, tokens, count, width, generator=generator, device=device)
+    return made.to(dtype).transpose(1, 2)
 
 
-def _table(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, torch.Tensor]:
+def table(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, torch.Tensor]:
+    """Random "cos" and "sin", [1, 1, tokens, width]."""
     angle = torch.rand(1, 1, tokens, width, generator=generator, device=device).mul(6.3)
     return {"cos": angle.cos().to(dtype), "sin": angle.sin().to(dtype)}
 
 
+def head_dim(width: int) -> int:
+    """How wide the heads are of a sample whose queries have `width` columns."""
+    return next((dim for dim in (128, 64) if width % dim == 0 and width > dim), width)
+
+
 def _sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
-    """`width` is that of a head; there are two."""
+    dim = head_dim(width)
     return {
-        "x": _heads(2, tokens, width, dtype, device, generator),
-        **_table(tokens, width, dtype, device, generator),
+        "x": heads(width // dim, tokens, dim, dtype, device, generator),
+        **table(tokens, dim, dtype, device, generator),
     }
 
 
@@ -83,6 +91,8 @@ def rope(
             "rope",
             "The rotated columns must be even in number, and no more than x has",
         )
+    if cos.dtype != sin.dtype:
+        raise ArgumentError(f"cos is {cos.dtype}, sin is {sin.dtype}", "rope", "They must be alike")
     if cos.dim() > x.dim() or any(t.shape[i] not in (1, x.shape[i]) for t in (cos, sin) for i in range(-t.dim(), -1)):
         raise ArgumentError(f"cos is {tuple(cos.shape)}, x is {tuple(x.shape)}", "rope", "cos must broadcast to x")
     if width < x.shape[-1]:
@@ -124,13 +134,17 @@ _NORM = (
 
 def _norm_rope(arguments: Mapping[str, Any]) -> torch.Tensor:
     x, cos, sin, weight, eps, offset, norm_rounding, first, *turn = arguments.values()
-    if first:
-        return rope.reference(rms_norm.reference(x, weight, eps, offset, norm_rounding), cos, sin, *turn)
-    return rms_norm.reference(rope.reference(x, cos, sin, *turn), weight, eps, offset, norm_rounding)
+    norm = (weight, eps, offset, norm_rounding)
+    made: torch.Tensor = (
+        rope.reference(rms_norm.reference(x, *norm), cos, sin, *turn)
+        if first
+        else rms_norm.reference(rope.reference(x, cos, sin, *turn), *norm)
+    )
+    return made
 
 
 def _sample_norm(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
-    weight = torch.rand(width, generator=generator, device=device).add(0.5).to(dtype)
+    weight = torch.rand(head_dim(width), generator=generator, device=device).add(0.5).to(dtype)
     return {**_sample(tokens, width, dtype, device, generator), "weight": weight, "eps": 1e-6}
 
 

@@ -1,5 +1,5 @@
 """One Triton kernel for queries, keys and values by the head: norm, rotation, and the write to a cache."""
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, union-attr"
 
 import triton
 import triton.language as tl
@@ -231,8 +231,8 @@ def heads_kernel(
 ):
     """HEADS heads of TOKENS tokens a program, all of the queries, of the keys or of the values.
 
-    Tokens are numbered over `group`s (the batch) of `per_group`. Pointers are None where the op has no such thing. WIDE:
-    steps are rounded to the dtype of `cos`, not to that of x. A position outside of the cache is not written.
+    Tokens are numbered over `group`s (the batch) of `per_group`. Pointers are None where the op has no such thing.
+    WIDE: steps are rounded to the dtype of `cos`, not to that of x. A position outside of the cache is not written.
     """
     number = tl.arange(0, TOKENS * HEADS)[:, None]
     token = tl.program_id(0).to(tl.int64) * TOKENS + number // HEADS
@@ -257,7 +257,8 @@ def heads_kernel(
             q, q_out, None, q_weight, cos, sin, outside, head, inside, group, place, at, cached,
             q_group, q_head, q_token, q_out_group, q_out_head, q_out_token, 0, 0, 0,
             cos_group, cos_token, sin_group, sin_token, q_eps, offset, unit,
-            DIM, HALF, BLOCK, REST, READ_PAIRS, WRITE_PAIRS, PAIRED, NORM, AFTER, LAST, cos is not None, PDL,
+            DIM, HALF, BLOCK, REST, READ_PAIRS, WRITE_PAIRS, PAIRED, NORM, AFTER, LAST,
+            cos is not None, PDL,
         )  # fmt: skip
     elif block < q_blocks + k_blocks:
         if k is not None:
@@ -268,7 +269,8 @@ def heads_kernel(
                 k_group, k_head, k_token, k_out_group, k_out_head, k_out_token,
                 k_cache_group, k_cache_head, k_cache_token,
                 cos_group, cos_token, sin_group, sin_token, k_eps, offset, unit,
-                DIM, HALF, BLOCK, REST, READ_PAIRS, WRITE_PAIRS, PAIRED, NORM, AFTER, LAST, cos is not None, PDL,
+                DIM, HALF, BLOCK, REST, READ_PAIRS, WRITE_PAIRS, PAIRED, NORM, AFTER, LAST,
+            cos is not None, PDL,
             )  # fmt: skip
     else:
         if v is not None:

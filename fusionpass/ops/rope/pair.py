@@ -1,6 +1,5 @@
 """Queries and keys together, and the write of keys and values to a cache behind them."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from ...op import EXACT, Op, op
 from ..derive import derived, parameter
 from ..norm import BEFORE, NORM, rms_norm
 from ..rows import triton_backend
-from . import _STYLE, _TENSOR, _TURN, NORMED, ROTATED, _heads, _table, norm_rope, rope
+from . import _STYLE, _TENSOR, _TURN, NORMED, ROTATED, head_dim, heads, norm_rope, rope, table
 
 _OPTIONAL = torch.Tensor | None
 _QK = [parameter("q", _TENSOR), parameter("k", _TENSOR)]
@@ -33,17 +32,22 @@ _OF_NORM = """
         weight_offset, norm_rounding: as `rms_norm`."""
 
 
+def _key_heads(width: int) -> int:
+    return max(1, width // head_dim(width) // 4)
+
+
 def _sample_pair(base: Op) -> Any:
     def sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
+        dim = head_dim(width)
         made: dict[str, Any] = {
-            "q": _heads(4, tokens, width, dtype, device, generator),
-            "k": _heads(2, tokens, width, dtype, device, generator),
+            "q": heads(width // dim, tokens, dim, dtype, device, generator),
+            "k": heads(_key_heads(width), tokens, dim, dtype, device, generator),
         }
         if base is not rms_norm:
-            made |= _table(tokens, width, dtype, device, generator)
+            made |= table(tokens, dim, dtype, device, generator)
         if base is not rope:
             for name in ("q_weight", "k_weight"):
-                made[name] = torch.rand(width, generator=generator, device=device).add(0.5).to(dtype)
+                made[name] = torch.rand(dim, generator=generator, device=device).add(0.5).to(dtype)
         return made
 
     return sample
@@ -138,9 +142,10 @@ qk_norm_rope = _pair(
 
 
 def _sample_cache(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
+    count, dim = _key_heads(width), head_dim(width)
     return {
-        "cache": torch.zeros(1, 2, tokens + 8, width, device=device).to(dtype),
-        "x": _heads(2, tokens, width, dtype, device, generator),
+        "cache": torch.zeros(1, count, tokens + 8, dim, device=device).to(dtype),
+        "x": heads(count, tokens, dim, dtype, device, generator),
         "positions": torch.arange(3, tokens + 3, device=device),
     }
 

@@ -41,16 +41,17 @@ class _Cut:
     warps: int
 
 
-def configure(heads: int, rows: int | None, width: int) -> _Cut:
-    """The cut for `heads` query heads and `rows` rows of heads in all (None: any number) of `width` columns.
+def configure(arch: Arch, heads: int, rows: int | None, width: int) -> _Cut:
+    """The cut on `arch` for at least `heads` heads a tensor and `rows` rows of heads in all (None: any number) of `width` columns.
 
-    A program of few rows takes 1024 elements, one of many 4096; 16-byte loads of half a head leave 128 threads work.
+    A program of few rows takes 1024 elements, one of many 4096, in halves of heads of which a thread takes 16 bytes.
     """
     target = 1024 if rows is not None and rows <= FEW else 4096
     block = triton.next_power_of_2(width)
     together = max(1, target // block)
     shared = min(together, triton.next_power_of_2(heads))
-    return _Cut(shared, max(1, together // shared), 4)
+    tokens = max(1, together // shared)
+    return _Cut(shared, tokens, max(1, min(8, shared * tokens * block // 16 // arch.warp_size)))
 
 
 def plan_one(arch: Arch, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **arguments: Any) -> Launch | str:
@@ -237,7 +238,7 @@ def _plan(
     made, made_rows = _out(keys, k.shape, dtype, axes, in_order) if k is not None and k_out else (None, None)
     tokens = shape.groups * shape.tokens
     count = static(tokens)
-    cut = configure(heads, None if count is None else count * (heads + key_heads), width)
+    cut = configure(arch, min(heads, key_heads or heads), None if count is None else count * (heads + key_heads), width)
     key_blocks = -(-key_heads // cut.heads)
     blocks = -(-heads // cut.heads) + key_blocks * (2 if v is not None else 1)
     outputs = {"q_out": q_out, "k_cache": k_cache, "v_cache": v_cache, "k_out": made}

@@ -1,0 +1,173 @@
+"""Spellings of rotary position embedding and of cache writes, and what folds around them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..errors import ArgumentError
+from ..graphs import value
+from ..op import Op, Refusal
+from ..ops.norm import rms_norm
+from ..ops.rope import DEINTERLEAVED, EACH, INTERLEAVED, LAST, norm_rope, rope, table
+from ..ops.rope.pair import (
+    cache_write,
+    qk_norm_rope,
+    qk_norm_rope_cache,
+    qk_rope,
+    qk_rope_cache,
+)
+from ..rule import Beside, Fold, Spelling
+
+
+def _sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, Any]:
+    # No two sizes of two samples alike: those that depend on the input's are found so.
+    x = torch.zeros(tokens // 2, tokens + 1, tokens, width, dtype=dtype)
+    return {"x": x, "half": width // 2, **table(tokens, width, dtype, device, generator)}
+
+
+def _sample_paired(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, Any]:
+    made = _sample(tokens, width, dtype, device, generator)
+    return {**made, **table(tokens, width // 2, dtype, device, generator)}
+
+
+def _sample_rows(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, Any]:
+    made = cache_write.sample(tokens, width, dtype, device, generator)
+    return {**made, **{name: made[name][0].transpose(0, 1) for name in ("cache", "x")}}
+
+
+def _turned(x: torch.Tensor, half: int) -> torch.Tensor:
+    return torch.cat([-x[..., half:], x[..., :half]], -1)
+
+
+def _llama(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half: int) -> Any:
+    return x * cos + _turned(x, half) * sin
+
+
+def _llama_last(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half: int) -> Any:
+    h = x.float()
+    return (h * cos.float() + _turned(h, half) * sin.float()).to(x.dtype)
+
+
+def _olmo2(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half: int) -> Any:
+    if cos.dtype != torch.float32 or x.dtype == torch.float32:
+        raise ArgumentError("the angles are float32, x is not", "rope.olmo2")
+    return (x * cos + _turned(x, half) * sin).to(x.dtype)
+
+
+def _gpt_oss(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half: int) -> Any:
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def _interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+    return rope.reference(x, cos, sin, INTERLEAVED)
+
+
+def _interleaved_last(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+    return rope.reference(x, cos, sin, INTERLEAVED, rounding=LAST)
+
+
+def _deepseek(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+    return rope.reference(x, cos, sin, DEINTERLEAVED)
+
+
+def _halves(arguments: Mapping[str, Any]) -> Refusal:
+    """The two parts that change places must be halves."""
+    val = value(arguments["cos"])
+    columns = val.shape[-1] if val is not None else None
+    if columns != 2 * arguments["half"]:
+        return f"parts of {arguments['half']} of {columns} columns change places, not halves"
+    return None
+
+
+def _pairs(arguments: Mapping[str, Any]) -> Refusal:
+    val = value(arguments["cos"])
+    columns = val.shape[-1] if val is not None else None
+    if columns != arguments["half"]:
+        return f"parts of {arguments['half']} columns are turned by {columns} angles"
+    return None
+
+
+def _written(cache: torch.Tensor, x: torch.Tensor, positions: torch.Tensor) -> Any:
+    return cache_write.reference(cache, x, positions, 2)
+
+
+def _written_rows(cache: torch.Tensor, x: torch.Tensor, positions: torch.Tensor) -> Any:
+    return cache_write.reference(cache, x, positions, 0)
+
+
+SPELLINGS = (
+    Spelling("rope.llama", rope, _llama, {"rounding": EACH}, _halves, _sample),
+    Spelling("rope.llama_last", rope, _llama_last, {"rounding": LAST}, _halves, _sample),
+    Spelling("rope.olmo2", rope, _olmo2, {"rounding": LAST}, _halves, _sample),
+    Spelling("rope.gpt_oss", rope, _gpt_oss, {"paired": True}, _pairs, _sample_paired),
+    Spelling("rope.interleaved", rope, _interleaved, {"style": INTERLEAVED}, None, _sample),
+    Spelling("rope.cohere", rope, _interleaved_last, {"style": INTERLEAVED, "rounding": LAST}, None, _sample),
+    Spelling("rope.deepseek", rope, _deepseek, {"style": DEINTERLEAVED}, None, _sample),
+    Spelling("cache.write", cache_write, _written, {"dim": 2}),
+    Spelling("cache.write_slots", cache_write, _written_rows, {"dim": 0}, None, _sample_rows),
+)
+
+
+def _renamed(arguments: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): argument for name, argument in arguments.items()}
+
+
+def _norm_first(given: dict[str, Any], asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]] | str:
+    if given.get("mod_scale") is not None:
+        return "the norm is modulated"
+    norm = _renamed(
+        {k: given[k] for k in ("x", "weight", "eps", "weight_offset", "rounding")}, {"rounding": "norm_rounding"}
+    )
+    return {**asked, **norm, "norm_first": True}, {}
+
+
+def _norm_last(given: dict[str, Any], asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]] | str:
+    if asked.get("mod_scale") is not None:
+        return "the norm is modulated"
+    norm = _renamed(
+        {k: asked[k] for k in ("weight", "eps", "weight_offset", "rounding")}, {"rounding": "norm_rounding"}
+    )
+    return {**given, **norm, "norm_first": False}, {"norm": "rotated"}
+
+
+def _both(q: dict[str, Any], k: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str], dict[str, str]] | str:
+    """Queries and keys: what is not theirs alone must be the same."""
+    own = {"x": "", "weight": "_weight", "eps": "_eps"}
+    for name in q:
+        if name not in own and q[name] != k[name]:
+            return f"they differ in {name}"
+    made = {name: argument for name, argument in q.items() if name not in own}
+    for which, arguments in (("q", q), ("k", k)):
+        made |= {f"{which}{own[name]}": argument for name, argument in arguments.items() if name in own}
+    return made, {"rotated": "q_rotated"}, {"rotated": "k_rotated"}
+
+
+def _cached(given: dict[str, Any], asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]] | str:
+    written = _renamed(asked, {"cache": "k_cache"})
+    return {**given, **written}, {"cache": "k_cache"}
+
+
+def _values(keys: dict[str, Any], v: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str], dict[str, str]] | str:
+    if keys["v"] is not None:
+        return "it has its values"
+    if keys["dim"] != v["dim"]:
+        return "they are written along other dimensions"
+    return {**keys, "v": v["x"], "v_cache": v["cache"]}, {}, {"cache": "v_cache"}
+
+
+def _around(base: Op, pair: Op, cached: Op) -> tuple[Fold | Beside, ...]:
+    return (
+        Beside(f"{pair.name}.pair", base, base, pair, ("cos", "sin"), _both, later=cache_write),
+        Fold(f"{cached.name}.keys", pair, cache_write, cached, "k_rotated", ("x",), _cached),
+        Beside(f"{cached.name}.values", cached, cache_write, cached, ("positions",), _values),
+    )
+
+
+FOLDS = (
+    Fold("norm_rope.before", rms_norm, rope, norm_rope, "norm", (), _norm_first),
+    Fold("norm_rope.after", rope, rms_norm, norm_rope, "rotated", (), _norm_last),
+    *_around(norm_rope, qk_norm_rope, qk_norm_rope_cache),
+    *_around(rope, qk_rope, qk_rope_cache),
+)

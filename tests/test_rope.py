@@ -1,0 +1,311 @@
+"""Around attention: how models write it becomes one op with the same bits, and what is only close to it does not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import Graph, GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fusionpass.config import Config
+from fusionpass.op import OPS
+from fusionpass.pipeline import early, late
+from fusionpass.report.trace import GraphTrace
+
+BATCH, TOKENS, DIM, SLOTS = 2, 3, 16, 7
+Q = torch.randn(BATCH, TOKENS, 4 * DIM).bfloat16()
+K, V = (torch.randn(BATCH, TOKENS, 2 * DIM).bfloat16() for _ in range(2))
+ANGLES = torch.rand(1, TOKENS, DIM) * 6.3
+COS, SIN = ANGLES.cos().bfloat16(), ANGLES.sin().bfloat16()
+CACHES = [torch.randn(BATCH, 2, SLOTS, DIM).bfloat16() for _ in range(2)]
+AT = torch.tensor([1, 5, 2])
+WEIGHTS = [torch.rand(DIM).add(0.5).bfloat16() for _ in range(2)]
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.view(BATCH, TOKENS, -1, DIM).transpose(1, 2)
+
+
+def half(x: Tensor) -> Tensor:
+    n = x.shape[-1] // 2
+    return torch.cat((-x[..., n:], x[..., :n]), dim=-1)
+
+
+def pairs(x: Tensor) -> Tensor:
+    return torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+
+
+def llama(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos.unsqueeze(1) + half(x) * sin.unsqueeze(1)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    h = x.float()
+    return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def write(cache: Tensor, x: Tensor, at: Tensor) -> Tensor:
+    return cache.index_copy(2, at, x)
+
+
+def fused(model: Callable[..., Any], *args: Tensor) -> tuple[list[str], GraphTrace, Graph]:
+    """The ops of a model, from its graph after `fuse`; that graph gives the model's bits."""
+    with torch.no_grad():
+        expected = model(*args)
+        graph = make_fx(model, select_decomp_table(), "fake")(*args)
+    trace = GraphTrace(0)
+    config = Config()
+    for _, function in (*early(config, trace), *[p for p in late(config, trace) if p[0] == "fuse"]):
+        function(graph.graph)
+    graph.graph.lint()
+    got = GraphModule(graph, graph.graph)(*args)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.stride() == theirs.stride()
+    return [OPS[node.target].name for node in graph.graph.nodes if node.target in OPS], trace, graph.graph
+
+
+def qwen3(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *caches: Tensor) -> Any:
+    split = (BATCH, TOKENS, -1, DIM)
+    q, k = norm(q.view(split), caches[2]).transpose(1, 2), norm(k.view(split), caches[3], 1e-5).transpose(1, 2)
+    q, k = llama(q, cos, sin), llama(k, cos, sin)
+    return q, write(caches[0], k, at), write(caches[1], heads(v), at)
+
+
+def norm_behind(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *caches: Tensor) -> Any:
+    q, k = llama(heads(q), cos, sin), llama(heads(k), cos, sin)
+    return norm(q, caches[2]), write(caches[0], norm(k, caches[3]), at), write(caches[1], heads(v), at)
+
+
+def no_norm(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *caches: Tensor) -> Any:
+    q, k = llama(heads(q), cos, sin), llama(heads(k), cos, sin)
+    return q, write(caches[0], k, at), write(caches[1], heads(v), at)
+
+
+def keys_first(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *caches: Tensor) -> Any:
+    k = llama(heads(k), cos, sin)
+    q = llama(heads(q), cos, sin)
+    return write(caches[1], heads(v), at), write(caches[0], k, at), q
+
+
+def keys_read(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *caches: Tensor) -> Any:
+    q, k = llama(heads(q), cos, sin), llama(heads(k), cos, sin)
+    return q, write(caches[0], k, at), k.abs()
+
+
+def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+    q, k = heads(q), heads(k)
+    return q * c + pairs(q) * s, k * c + pairs(k) * s
+
+
+def cohere(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    q, k, c, s = heads(q).float(), heads(k).float(), cos.unsqueeze(1), sin.unsqueeze(1)
+    return (q * c + pairs(q) * s).bfloat16(), (k * c + pairs(k) * s).bfloat16()
+
+
+def olmo2(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    return llama(heads(q), cos.float(), sin.float()).bfloat16(), llama(heads(k), cos.float(), sin.float()).bfloat16()
+
+
+def gpt_oss(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    c, s = (t[..., : DIM // 2].unsqueeze(1) for t in (cos, sin))
+
+    def one(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * c - b * s, b * c + a * s], -1)
+
+    return one(heads(q)), one(heads(k))
+
+
+def deepseek(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    def one(x: Tensor) -> Tensor:
+        b, h, t, d = x.shape
+        return llama(x.view(b, h, t, d // 2, 2).transpose(4, 3).reshape(b, h, t, d), cos, sin)
+
+    return one(heads(q)), one(heads(k))
+
+
+def partial(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    c, s = cos[..., : DIM // 2], sin[..., : DIM // 2]
+
+    def one(x: Tensor) -> Tensor:
+        return torch.cat([llama(x[..., : DIM // 2], c, s), x[..., DIM // 2 :]], -1)
+
+    return one(heads(q)), one(heads(k))
+
+
+def tokens_first(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    c, s = cos.unsqueeze(2), sin.unsqueeze(2)
+    q, k = q.view(BATCH, TOKENS, -1, DIM), k.view(BATCH, TOKENS, -1, DIM)
+    return q * c + half(q) * s, k * c + half(k) * s
+
+
+def slots(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *caches: Tensor) -> Any:
+    """One request, tokens first, as paged caches are written."""
+    q, k, v = (x[0].view(TOKENS, -1, DIM) for x in (q, k, v))
+    c, s = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
+    stores = [cache[0].transpose(0, 1) for cache in caches[:2]]
+    q, k = q * c + half(q) * s, k * c + half(k) * s
+    return q, stores[0].index_put((at,), k), stores[1].index_put((at,), v)
+
+
+WITH_CACHE = (Q, K, V, COS, SIN, AT, *CACHES, *WEIGHTS)
+WITHOUT = (Q, K, COS, SIN)
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "expected"),
+    [
+        (qwen3, WITH_CACHE, "qk_norm_rope_cache"),
+        (norm_behind, WITH_CACHE, "qk_norm_rope_cache"),
+        (no_norm, WITH_CACHE, "qk_rope_cache"),
+        (keys_first, WITH_CACHE, "qk_rope_cache"),
+        (keys_read, WITH_CACHE, "qk_rope_cache"),
+        (slots, WITH_CACHE, "qk_rope_cache"),
+        (interleaved, WITHOUT, "qk_rope"),
+        (cohere, WITHOUT, "qk_rope"),
+        (olmo2, WITHOUT, "qk_rope"),
+        (gpt_oss, WITHOUT, "qk_rope"),
+        (deepseek, WITHOUT, "qk_rope"),
+        (partial, WITHOUT, "qk_rope"),
+        (tokens_first, WITHOUT, "qk_rope"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_one_op(model: Callable[..., Any], args: tuple[Tensor, ...], expected: str) -> None:
+    names, trace, _ = fused(model, *args)
+    assert names == [expected], [str(record) for record in trace.refused]
+
+
+def thirds(x: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    h = heads(x)
+    return (h * cos.unsqueeze(1) + torch.cat((-h[..., 4:], h[..., :4]), -1) * sin.unsqueeze(1),)
+
+
+def test_parts_that_are_no_halves() -> None:
+    names, trace, _ = fused(thirds, Q, COS, SIN)
+    assert not names
+    assert "parts of 4 of 16 columns change places, not halves" in str([*trace.refused, *trace.missed])
+
+
+def test_parts_that_have_no_angle_each() -> None:
+    def model(x: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        a, b = heads(x).chunk(2, -1)
+        c, s = cos[:, :, :1].unsqueeze(1), sin[:, :, :1].unsqueeze(1)
+        return (torch.cat([a * c - b * s, b * c + a * s], -1),)
+
+    names, trace, _ = fused(model, Q, COS, SIN)
+    assert not names
+    assert "parts of 8 columns are turned by 1 angles" in str([*trace.refused, *trace.missed])
+
+
+def test_other_angles_are_no_pair() -> None:
+    names, _, _ = fused(lambda q, k, cos, sin: (llama(heads(q), cos, sin), llama(heads(k), sin, cos)), *WITHOUT)
+    assert names == ["rope", "rope"]
+
+
+def test_another_style_is_no_pair() -> None:
+    def model(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        k = heads(k)
+        return llama(heads(q), cos, sin), k * cos.unsqueeze(1) + pairs(k) * sin.unsqueeze(1)
+
+    names, trace, _ = fused(model, *WITHOUT)
+    assert names == ["rope", "rope"]
+    assert [record.reason for record in trace.refused] == ["they differ in style"]
+
+
+def test_one_that_reads_the_other_is_no_pair() -> None:
+    def model(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        first = llama(heads(q), cos, sin)
+        return first, llama(first[:, :2], cos, sin)
+
+    names, trace, _ = fused(model, *WITHOUT)
+    assert names == ["rope", "rope"]
+    assert "reads a result of the other" in trace.refused[0].reason
+
+
+def test_a_write_in_between() -> None:
+    def model(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Any:
+        first = llama(heads(q), cos, sin)
+        out.zero_()
+        return first, llama(heads(k), cos, sin)
+
+    names, trace, _ = fused(model, *WITHOUT, torch.ones(3))
+    assert names == ["rope", "rope"]
+    assert "writes to memory in between" in trace.refused[0].reason
+
+
+def test_values_that_go_elsewhere() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *caches: Tensor) -> Any:
+        q, k = llama(heads(q), cos, sin), llama(heads(k), cos, sin)
+        return q, write(caches[0], k, at), write(caches[1], heads(v), at + 1)
+
+    names, _, _ = fused(model, *WITH_CACHE)
+    assert sorted(names) == ["cache_write", "qk_rope_cache"]
+
+
+def test_values_along_another_dimension() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *caches: Tensor) -> Any:
+        q, k = llama(heads(q), cos, sin), llama(heads(k), cos, sin)
+        store = torch.zeros(SLOTS, BATCH, 2, DIM, dtype=torch.bfloat16)
+        return q, write(caches[0], k, at), store.index_put((at,), v.view(TOKENS, BATCH, 2, DIM))
+
+    names, trace, _ = fused(model, *WITH_CACHE)
+    assert sorted(names) == ["cache_write", "qk_rope_cache"]
+    assert "they are written along other dimensions" in [record.reason for record in trace.refused]
+
+
+def test_a_second_pair_of_values_stays() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *caches: Tensor) -> Any:
+        return *no_norm(q, k, v, cos, sin, at, *caches), write(caches[1] + 1, heads(v) * 2, at)
+
+    names, trace, _ = fused(model, *WITH_CACHE)
+    assert sorted(names) == ["cache_write", "qk_rope_cache"]
+    assert "it has its values" in [record.reason for record in trace.refused]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda q, c, s: (torch.cat([llama(q[..., :8], c, s), q[..., 9:]], -1),),
+        lambda q, c, s: (torch.cat([llama(q[..., 8:], c, s), q[..., :8]], -1),),
+        lambda q, c, s: (torch.cat([q[..., 8:], llama(q[..., :8], c, s)], -1),),
+        lambda q, c, s: (torch.cat([llama(q[..., :8], c, s), (q + 1)[..., 8:]], -1),),
+        lambda q, c, s: (torch.cat([llama(q[..., :8], c, s), q[..., 8:]], 1),),
+        lambda q, c, s: (torch.cat([llama(q[..., :8], c, s), q[..., 8:], q[..., :2]], -1),),
+        lambda q, c, s: (torch.cat([x := llama(q[..., :8], c, s), q[..., 8:]], -1), x.abs()),
+        lambda q, c, s: (torch.cat([llama(q[..., :8] + 0.5, c, s), q[..., 8:]], -1),),
+    ],
+    ids=["gap", "other part", "in front", "of another", "other dimension", "three", "read", "not a part"],
+)
+def test_no_partial_rotation(model: Callable[..., Any]) -> None:
+    names, _, graph = fused(lambda q, cos, sin: model(heads(q), cos[..., :8], sin[..., :8]), Q, COS, SIN)
+    assert names == ["rope"]
+    assert [n for n in graph.nodes if n.target is torch.ops.aten.cat.default], "what is not rotated stays"
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (lambda q, c, s, w: (llama(x := norm(q, w).transpose(1, 2), c, s), x + 1), ["rms_norm", "rope"]),
+        (lambda q, c, s, w: (llama((x := norm(q, w)).transpose(1, 2), c, s), x + 1), ["rms_norm", "rope"]),
+        (lambda q, c, s, w: (norm(q, w).transpose(1, 2) + 1,), ["rms_norm"]),
+        (lambda q, c, s, w: (llama(norm(q, w).transpose(1, 2).contiguous(), c, s),), ["rms_norm", "rope"]),
+    ],
+    ids=["permuted read", "norm read", "no rotation", "copied in between"],
+)
+def test_a_norm_that_stays(model: Callable[..., Any], expected: list[str]) -> None:
+    names, _, _ = fused(lambda q, *rest: model(q.view(BATCH, TOKENS, 4, DIM), *rest), Q, COS, SIN, WEIGHTS[0])
+    assert names == expected
+
+
+def test_a_norm_over_another_dimension() -> None:
+    def model(q: Tensor, cos: Tensor, sin: Tensor, weight: Tensor) -> Any:
+        return (llama(norm(q.view(BATCH, 4, DIM, TOKENS), weight).transpose(2, 3), cos, sin),)
+
+    names, _, _ = fused(model, Q, COS, SIN, WEIGHTS[0][:TOKENS])
+    assert names == ["rms_norm", "rope"]
