@@ -10,12 +10,12 @@ from .quantize import quantize_
 from .report.dump import dump
 from .report.explain import explain
 from .report.trace import Record, Report
-from .rule import Fold, Spelling
+from .rule import Beside, Fold, Spelling
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "EXACT", "Arch", "Backend", "Config", "Fold", "FusionpassError", "Op", "Record", "Refusal", "Report", "Spelling",
-    "Tolerance",
+    "EXACT", "Arch", "Backend", "Beside", "Config", "Fold", "FusionpassError", "Op", "Record", "Refusal", "Report",
+    "Spelling", "Tolerance",
     "assert_fused", "compile", "dump", "dynamo_backend", "explain", "op", "ops", "quantize_", "release", "report",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from .arch import Arch
 from .errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from .rule import Fold, Spelling
+    from .rule import Beside, Fold, Spelling
 
 _CHOICES = {
     "numerics": ("fast", "eager"),
@@ -68,7 +68,7 @@ class Config:
     verify: bool = False
     dump_dir: Path | None = None
     target: Arch | None = None
-    rules: tuple["Spelling | Fold", ...] = ()
+    rules: tuple["Spelling | Fold | Beside", ...] = ()
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -134,11 +134,11 @@ def _sizes(given: object) -> tuple[int, ...] | None:
     return tuple(sorted(set(sizes)))
 
 
-def _checked(rules: object) -> tuple["Spelling | Fold", ...]:
-    from .rule import Fold, Spelling
+def _checked(rules: object) -> tuple["Spelling | Fold | Beside", ...]:
+    from .rule import Beside, Fold, Spelling
 
     given = tuple(rules) if isinstance(rules, Iterable) else (None,)
-    if not all(isinstance(rule, Spelling | Fold) for rule in given):
+    if not all(isinstance(rule, Spelling | Fold | Beside) for rule in given):
         raise ConfigError(f"rules={rules!r} is not a collection of rules", "Config", "Pass (fusionpass.Spelling(...),)")
     return given
 

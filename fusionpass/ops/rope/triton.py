@@ -42,7 +42,7 @@ class _Cut:
 
 
 def configure(arch: Arch, heads: int, rows: int | None, width: int) -> _Cut:
-    """The cut on `arch` for at least `heads` heads a tensor and `rows` rows of heads in all (None: any number) of `width` columns.
+    """The cut on `arch` for `rows` rows of heads (None: any number) of `width` columns, `heads` a token at least.
 
     A program of few rows takes 1024 elements, one of many 4096, in halves of heads of which a thread takes 16 bytes.
     """
