@@ -287,7 +287,7 @@ class Pattern:
                 yield from self._arguments(deeper, rest, g, attempt)
             return
         if isinstance(p, list | tuple) and any(isinstance(a, Node) for a in p):
-            if not isinstance(actual, list | tuple) or len(p) != len(actual):
+            if len(p) != len(actual):
                 attempt.fail(_count(state) - 1, g, f"expected {len(p)} operands of {_name(g)}")
                 return
             yield from self._arguments(state, [*zip(p, actual, strict=True), *rest], g, attempt)

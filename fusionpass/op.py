@@ -14,6 +14,9 @@ from .launch import Launch
 Refusal = str | None
 """Nothing, or the reason why not."""
 
+_REMEMBERED = 1024
+"""Signatures of calls that an op keeps."""
+
 _LIBRARIES: dict[str, torch.library.Library] = {}
 
 
@@ -82,6 +85,7 @@ class Op:
         self.signature = inspect.signature(self.reference)
         self.single = get_type_hints(self.reference)["return"] is torch.Tensor
         self.__doc__ = self.reference.__doc__
+        self._taken: dict[tuple[Any, ...], bool] = {}
         library = _LIBRARIES.get(self.namespace)
         if library is None:
             library = _LIBRARIES[self.namespace] = torch.library.Library(self.namespace, "FRAGMENT")
@@ -134,11 +138,29 @@ class Op:
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.bind(args, kwargs)
         device = next(v.device for v in arguments.values() if isinstance(v, torch.Tensor))
-        launch, _ = self.plan(Arch.of(device), arguments) if device.type == "cuda" else (None, "")
+        if device.type != "cuda" or not self._takes(arguments):
+            return self.reference(**arguments)
+        launch, _ = self.plan(Arch.of(device), arguments)
         if launch is None:
             return self.reference(**arguments)
         results = launch.run()
         return results[0] if self.single else results
+
+    def _takes(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the reference takes such arguments: asked once for shapes, dtypes and other values, without data."""
+        key = tuple((v.shape, v.dtype) if isinstance(v, torch.Tensor) else (type(v), v) for v in arguments.values())
+        known = self._taken.get(key)
+        if known is None:
+            try:
+                with torch.no_grad():
+                    self.reference(**{name: _without_data(v) for name, v in arguments.items()})
+                known = True
+            except Exception:  # whatever it is, the reference raises it again on the arguments themselves
+                known = False
+            if len(self._taken) >= _REMEMBERED:
+                self._taken.clear()
+            self._taken[key] = known
+        return known
 
     def _backward(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
         # Recomputed through the reference: fused ops serve inference, but a gradient must never be silently lost.
@@ -156,6 +178,12 @@ class Op:
         # Up to torch 2.13 a gradient for an argument that was left at its default is an error.
         asked = inputs[: len(ctx.needs_input_grad)]
         return tuple(next(found) if isinstance(v, torch.Tensor) and v.requires_grad else None for v in asked)
+
+
+def _without_data(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
 _SAVED = object()

@@ -9,6 +9,7 @@ from torch.fx import Graph, Node
 
 from .config import Config
 from .op import Op
+from .passes.attend import share_heads
 from .passes.cleanup import cleanup
 from .passes.exact import keep_reductions
 from .passes.fuse import fuse
@@ -39,6 +40,7 @@ def late(config: Config, trace: GraphTrace, parameters: frozenset[Node] = frozen
     folds = [*(rule for rule in config.rules if isinstance(rule, Fold | Beside)), *FOLDS]
 
     def fused(graph: Graph) -> None:
+        share_heads(graph)
         bring_together(graph)
         fuse(graph, folds, trace, config.disable, config.verify)
         lay_out(graph)

@@ -9,7 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
+
+needs_cuda_build = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="this build of torch has no CUDA, not even for tensors without data"
+)
 
 # capability, multiprocessors, threads per multiprocessor, shared memory per block
 _TARGETS = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from fusionpass.graphs import aten, erase_unused, same_number
+from fusionpass.graphs import aten, differs, erase_unused, same_number
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,25 @@ from fusionpass.graphs import aten, erase_unused, same_number
 )
 def test_same_number(a: Any, b: Any, same: bool) -> None:
     assert same_number(a, b) is same
+
+
+@pytest.mark.parametrize(
+    ("shape", "a", "b", "same"),
+    [
+        ((4, 8), (8, 1), (8, 1), True),
+        ((4, 8), (8, 1), (1, 4), False),
+        ((1, 8), (8, 1), (77, 1), True),
+        ((4, 1), (1, 1), (1, 77), True),
+        ((2, 1), (1, 1), (2, 1), False),
+        ((0, 8), (8, 1), (1, 77), True),
+        ((), (), (), True),
+    ],
+)
+def test_strides_that_no_address_depends_on(
+    shape: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], same: bool
+) -> None:
+    one, another = torch.empty_strided(shape, a), torch.empty_strided(shape, b)
+    assert (differs(one, another) is None) == same
 
 
 def test_what_is_read_stays_and_so_do_inputs() -> None:

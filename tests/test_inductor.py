@@ -19,7 +19,9 @@ from fusionpass.inductor import kernels_in, package_digest
 from tests.models import LlamaNorm, static
 
 pytest.importorskip("triton")
-from tests.fake_gpu import codegen
+from tests.fake_gpu import codegen, needs_cuda_build
+
+pytestmark = needs_cuda_build
 
 WIDTH = 1024
 
@@ -194,6 +196,14 @@ def test_a_cache_is_written_in_place_where_nobody_reads_the_old_one(reads: Any, 
     assert (written[1] == "arg0_1") == (not copied), "in place"
     allocated = re.findall(r"empty_strided_cuda\(\((\d+),", call)
     assert ("4096" in allocated) == copied
+
+
+def test_a_cache_that_keeps_its_old_value_is_copied() -> None:
+    write = cached()
+    make = lambda: (torch.empty(CACHE, device="cuda"), torch.empty(1024, device="cuda"))  # noqa: E731
+    source, session = generated("sm_90", make, lambda cache, x: write(cache, x))
+    assert "the result is not its new value" in session.report.fused[0].reason
+    assert not re.search(r"write_kernel\w*\.run\(arg0_1", call_of(source))
 
 
 def test_a_cache_that_is_computed_is_copied() -> None:

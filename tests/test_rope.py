@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusionpass.config import Config
 from fusionpass.op import OPS
+from fusionpass.ops import rms_norm
 from fusionpass.pipeline import early, late
 from fusionpass.report.trace import GraphTrace
 
@@ -299,13 +300,64 @@ def test_no_partial_rotation(model: Callable[..., Any]) -> None:
     ids=["permuted read", "norm read", "no rotation", "copied in between"],
 )
 def test_a_norm_that_stays(model: Callable[..., Any], expected: list[str]) -> None:
-    names, _, _ = fused(lambda q, *rest: model(q.view(BATCH, TOKENS, 4, DIM), *rest), Q, COS, SIN, WEIGHTS[0])
+    names, _, graph = fused(lambda q, *rest: model(q.view(BATCH, TOKENS, 4, DIM), *rest), Q, COS, SIN, WEIGHTS[0])
     assert names == expected
+    assert stays(graph)
+
+
+def test_a_norm_whose_rows_would_lie_otherwise() -> None:
+    def model(q: Tensor, cos: Tensor, sin: Tensor, weight: Tensor) -> Any:
+        one = q.view(BATCH, TOKENS, 4, DIM)[:, :1, :1].expand(BATCH, TOKENS, 4, DIM)
+        return (llama(norm(one, weight).transpose(1, 2), cos, sin),)
+
+    names, _, graph = fused(model, Q, COS, SIN, WEIGHTS[0])
+    assert names == ["rms_norm", "rope"]
+    assert stays(graph)
+
+
+def stays(graph: Graph) -> bool:
+    """Whether the norm stands in front of what transposes it."""
+    (one,) = [node for node in graph.nodes if node.target is rms_norm.overload]
+    return any(user.target is torch.ops.aten.permute.default for user in one.users)
 
 
 def test_a_norm_over_another_dimension() -> None:
     def model(q: Tensor, cos: Tensor, sin: Tensor, weight: Tensor) -> Any:
-        return (llama(norm(q.view(BATCH, 4, DIM, TOKENS), weight).transpose(2, 3), cos, sin),)
+        return (llama(norm(q, weight).transpose(2, 3), cos, sin),)
 
-    names, _, _ = fused(model, Q, COS, SIN, WEIGHTS[0][:TOKENS])
+    square = torch.randn(BATCH, 4, DIM, DIM).bfloat16()
+    names, _, graph = fused(model, square, COS[:, :1], SIN[:, :1], WEIGHTS[0])
     assert names == ["rms_norm", "rope"]
+    assert stays(graph)
+
+
+def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * (1 + scale) + shift
+
+
+def test_a_modulated_norm_in_front() -> None:
+    def model(q: Tensor, cos: Tensor, sin: Tensor, scale: Tensor, shift: Tensor) -> Any:
+        return (llama(modulated(heads(q), scale, shift), cos, sin),)
+
+    names, trace, _ = fused(model, Q, COS, SIN, *WEIGHTS)
+    assert names == ["rms_norm", "rope"]
+    assert "the norm is modulated" in [record.reason for record in trace.refused]
+
+
+def test_a_modulated_norm_behind() -> None:
+    def model(q: Tensor, cos: Tensor, sin: Tensor, scale: Tensor, shift: Tensor) -> Any:
+        return (modulated(llama(heads(q), cos, sin), scale, shift),)
+
+    names, trace, _ = fused(model, Q, COS, SIN, *WEIGHTS)
+    assert names == ["rope", "rms_norm"]
+    assert "the norm is modulated" in [record.reason for record in trace.refused]
+
+
+def test_a_modulated_norm_in_front_of_a_transpose() -> None:
+    def model(q: Tensor, cos: Tensor, sin: Tensor, scale: Tensor, shift: Tensor) -> Any:
+        return (llama(modulated(q.view(BATCH, TOKENS, 4, DIM), scale, shift).transpose(1, 2), cos, sin),)
+
+    names, _, graph = fused(model, Q, COS, SIN, *WEIGHTS)
+    assert names == ["rms_norm", "rope"]
+    assert stays(graph)

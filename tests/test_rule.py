@@ -10,6 +10,7 @@ from fusionpass import Config, Fold, Spelling
 from fusionpass.errors import RuleError
 from fusionpass.ops import add_rms_norm, rms_norm
 from fusionpass.rules import FOLDS, SPELLINGS
+from tests.fake_gpu import needs_cuda_build
 from tests.models import LlamaNorm
 
 X = torch.zeros(4, 32, dtype=torch.bfloat16)
@@ -27,7 +28,7 @@ def test_names_are_unique_and_have_a_family() -> None:
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.name)
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda_build)])
 def test_every_spelling_finds_itself(spelling: Spelling, device: str) -> None:
     for pattern in spelling.patterns(device):
         (match,) = pattern.search(pattern.anchor)

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..config import Config
 from ..op import OPS
+from ..passes.attend import attend
 from ..report.trace import GraphTrace
 from ..runtime.rows import row_dims_by_symbol
 from .launches import register_lowerings
@@ -136,6 +137,7 @@ def compile_graph(
     # Its own cache keeps nothing; all that is left of saving is to part the code from what can be written.
     unsaved = mock.patch.object(AOTAutogradCache, "save", lambda key, entry, *args, **kwargs: entry.pre_save())
     register_lowerings()
+    attend(gm, config.disable)
     with inductor_config.patch(patches), functorch_config.patch(bundled), unsaved:
         call: Any = compile_fx(gm, list(inputs), inner_compile=inner)
     payload = _serialised(call) if save else None
@@ -191,7 +193,9 @@ def _on_gpu(node: Node) -> bool:
     return isinstance(val, torch.Tensor) and val.device.type == "cuda"
 
 
-def trace_graph(gm: GraphModule, inputs: Sequence[Any], run: GraphPass) -> Callable[..., Any]:
+def trace_graph(
+    gm: GraphModule, inputs: Sequence[Any], run: GraphPass, disable: Collection[str] = ()
+) -> Callable[..., Any]:
     """Take one of Dynamo's graphs to the aten graph that Inductor would see, run `run` on it, and generate no code."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func  # type: ignore[attr-defined]
@@ -202,6 +206,7 @@ def trace_graph(gm: GraphModule, inputs: Sequence[Any], run: GraphPass) -> Calla
         graph_module.recompile()
         return make_boxed_func(graph_module.forward)
 
+    attend(gm, disable)
     backend = aot_autograd(
         fw_compiler=traced, decompositions=select_decomp_table(), keep_inference_input_mutations=True
     )

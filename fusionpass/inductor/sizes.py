@@ -41,9 +41,9 @@ def _assumed(sizes: Sequence[torch.SymInt]) -> str | None:
     env = _env(sizes)
     known = frozenset[Any]().union(*(size.node.expr.free_symbols for size in sizes))
     given = {size.node.expr for size in sizes}
+    if not known <= given:
+        return "False"  # a symbol that is only in a sum, say: torch has no way to write that down
     here = [guard for guard in env.guards if guard.expr.free_symbols <= known]
-    if any(not guard.expr.free_symbols <= given for guard in here):
-        return "False"  # of a symbol that is only in a sum, say: torch has no way to write that down
     expression: str | None = env.produce_guards_expression(placeholders=list(sizes), guards=here)
     return expression
 

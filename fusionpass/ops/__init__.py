@@ -14,7 +14,7 @@ from .activation import (
     silu_mul_quantize,
     silu_quantize,
 )
-from .attention import view_heads
+from .attention import attention, view_heads
 from .norm import (
     add,
     add_layer_norm,
@@ -35,9 +35,9 @@ from .rope.pair import cache_write, qk_norm, qk_norm_rope, qk_norm_rope_cache, q
 
 __all__ = [
     "Scheme", "add", "add_layer_norm", "add_layer_norm_quantize", "add_quantize", "add_rms_norm",
-    "add_rms_norm_quantize", "cache_write", "clamped_swiglu", "clamped_swiglu_quantize", "dequantize", "gated_rms_norm",
-    "gated_rms_norm_quantize", "gelu", "gelu_mul", "gelu_mul_quantize", "gelu_quantize", "layer_norm",
-    "layer_norm_quantize", "norm_rope", "qk_norm", "qk_norm_rope", "qk_norm_rope_cache", "qk_rope", "qk_rope_cache",
-    "quantize", "relu_squared", "relu_squared_quantize", "rms_norm", "rms_norm_quantize", "rope", "silu", "silu_mul",
-    "silu_mul_quantize", "silu_quantize", "view_heads",
+    "add_rms_norm_quantize", "attention", "cache_write", "clamped_swiglu", "clamped_swiglu_quantize", "dequantize",
+    "gated_rms_norm", "gated_rms_norm_quantize", "gelu", "gelu_mul", "gelu_mul_quantize", "gelu_quantize",
+    "layer_norm", "layer_norm_quantize", "norm_rope", "qk_norm", "qk_norm_rope", "qk_norm_rope_cache", "qk_rope",
+    "qk_rope_cache", "quantize", "relu_squared", "relu_squared_quantize", "rms_norm", "rms_norm_quantize", "rope",
+    "silu", "silu_mul", "silu_mul_quantize", "silu_quantize", "view_heads",
 ]  # fmt: skip

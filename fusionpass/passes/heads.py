@@ -4,7 +4,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from ..graphs import aten, differs, erase_unused, inherit, value
+from ..graphs import aten, differs, erase_unused, inherit
 from ..infer import Inference
 from ..ops.norm import rms_norm
 from ..ops.rope import rope
@@ -26,22 +26,18 @@ def bring_together(graph: Graph) -> None:
 def _widen(graph: Graph, node: Node, infer: Inference) -> None:
     """`cat([rope(x[..., :n]), x[..., n:]], -1)` as `rope(x)`, which passes the other columns through."""
     parts: Any = node.args[0]
-    dim = node.args[1] if len(node.args) > 1 else 0
     if len(parts) != 2 or parts[0].target is not rope.overload or len(parts[0].users) > 1:
         return
     turned, rest = parts
     arguments = rope.bind(turned.args, turned.kwargs)
-    first = arguments["x"]
-    last = node.meta["val"].dim() - 1
-    if dim not in (-1, last) or first.target is not aten.slice.Tensor or rest.target is not aten.slice.Tensor:
+    first, count = arguments["x"], turned.meta["val"].shape[-1]
+    wanted = (aten.slice.Tensor, -1, 0, count), (aten.slice.Tensor, -1, count, _END)
+    if ((first.target, *first.args[1:]), (rest.target, *rest.args[1:])) != wanted or first.args[0] is not rest.args[0]:
         return
-    x, count = first.args[0], turned.meta["val"].shape[-1]
-    bounds = (first.args[1:], rest.args[1:])
-    if rest.args[0] is not x or bounds != ((-1, 0, count), (-1, count, _END)):
-        return
-    arguments["x"] = x
+    arguments["x"] = first.args[0]
     results = infer(rope, arguments)
-    if isinstance(results, str) or differs(results[0], node.meta["val"]) is not None:
+    assert not isinstance(results, str), results
+    if differs(results[0], node.meta["val"]) is not None:
         return
     with graph.inserting_before(node):
         made = graph.call_function(rope.overload, *rope.call(arguments))
@@ -56,24 +52,24 @@ def _normalise_later(graph: Graph, node: Node, infer: Inference) -> None:
     order: Any = node.args[1]
     if norm.target is not rms_norm.overload or len(norm.users) > 1 or order[-1] not in (-1, len(order) - 1):
         return
-    if not node.users or any(user.target is not rope.overload for user in node.users):
+    if any(user.target is not rope.overload for user in node.users):
         return
     arguments = rms_norm.bind(norm.args, norm.kwargs)
-    x = arguments["x"]
-    val = value(x)
-    if val is None or arguments["mod_scale"] is not None:
+    if arguments["mod_scale"] is not None:
         return
-    with val.fake_mode:  # type: ignore[attr-defined]
+    val = arguments["x"].meta["val"]
+    with val.fake_mode:
         permuted = val.permute(order)
     with graph.inserting_before(node):
-        moved = graph.call_function(aten.permute.default, (x, order))
+        moved = graph.call_function(aten.permute.default, (arguments["x"], order))
     moved.meta = inherit(node, permuted)
     results = infer(rms_norm, {**arguments, "x": moved})
-    if isinstance(results, str) or differs(results[0], node.meta["val"]) is not None:
+    assert not isinstance(results, str), results
+    if differs(results[0], node.meta["val"]) is not None:
         graph.erase_node(moved)
         return
     with graph.inserting_before(node):
         made = graph.call_function(rms_norm.overload, *rms_norm.call({**arguments, "x": moved}))
-    made.meta = inherit(norm, results[0], {key: norm.meta[key] for key in ("fusionpass",) if key in norm.meta})
+    made.meta = inherit(norm, results[0], {"fusionpass": norm.meta["fusionpass"]})
     node.replace_all_uses_with(made)
     erase_unused(graph, node)

@@ -235,9 +235,13 @@ def _pure(node: Node) -> bool:
 
 def _key(node: Node) -> tuple[Any, str, str]:
     args: Any = node.args
+    layout = ""
     if node.target in COMMUTATIVE and all(isinstance(a, Node) for a in args):
         args = tuple(sorted(args, key=lambda a: str(a.name)))
-    return node.target, repr(args), repr(node.kwargs)
+        # The result lies as the first operand does.
+        val = value(node)
+        layout = str(val.stride()) if val is not None else ""
+    return node.target, repr(args), repr(node.kwargs) + layout
 
 
 def _escaping(graph: Graph) -> set[Node]:

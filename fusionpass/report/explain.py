@@ -44,7 +44,7 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
             passes = [*pipeline.early(options, trace), *pipeline.late(options, trace)]
             pipeline.run(passes, graph, options, trace, keep=True)
 
-        return inductor.trace_graph(gm, inputs, run)
+        return inductor.trace_graph(gm, inputs, run, options.disable)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, _FakeCopyOn(mode, device), _devices_copied_as(device):

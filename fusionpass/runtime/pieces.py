@@ -95,8 +95,6 @@ def is_attention(node: Node) -> bool:
 
 def mutates(node: Node) -> bool:
     """Whether a node may write to memory that existed before it."""
-    if node.op not in ("call_function", "call_method"):
-        return False
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)

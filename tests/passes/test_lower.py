@@ -51,6 +51,21 @@ def test_a_cast_that_only_the_kernel_reads_is_not_written_out() -> None:
     assert lowered(lambda x, w: model(x, w, False), X.double(), W).backend == "triton"
 
 
+@pytest.fixture
+def making(monkeypatch: pytest.MonkeyPatch) -> Callable[[Empty], None]:
+    """Lets the kernel of the norm allocate another output."""
+    (backend,) = rms_norm.backends
+
+    def use(made: Empty) -> None:
+        def plan(arch: Arch, **arguments: Any) -> Launch | str:
+            launch = backend.plan(arch, **arguments)
+            return launch if isinstance(launch, str) else dataclasses.replace(launch, args=launch.args | {"norm": made})
+
+        monkeypatch.setattr(rms_norm, "backends", [Backend("other", plan)])
+
+    return use
+
+
 @pytest.mark.parametrize(
     "made",
     [
@@ -60,14 +75,15 @@ def test_a_cast_that_only_the_kernel_reads_is_not_written_out() -> None:
     ],
     ids=["dtype", "shape", "strides"],
 )
-def test_a_kernel_that_lays_its_output_out_otherwise(monkeypatch: pytest.MonkeyPatch, made: Empty) -> None:
-    (backend,) = rms_norm.backends
-
-    def plan(arch: Arch, **arguments: Any) -> Launch | str:
-        launch = backend.plan(arch, **arguments)
-        return launch if isinstance(launch, str) else dataclasses.replace(launch, args={**launch.args, "norm": made})
-
-    monkeypatch.setattr(rms_norm, "backends", [Backend("other", plan)])
+def test_a_kernel_that_lays_its_output_out_otherwise(making: Callable[[Empty], None], made: Empty) -> None:
+    making(made)
     record = lowered(lambda x, w: rms_norm(x, w), X, W)
     assert record.backend == "inductor"
     assert record.reason == "other would lay out norm unlike eager mode, with strides (64, 1)"
+
+
+def test_strides_that_no_address_depends_on(making: Callable[[Empty], None]) -> None:
+    making(Empty((1, 64), torch.bfloat16, (7, 1)))
+    assert lowered(lambda x, w: rms_norm(x, w), X[:1], W).backend == "triton"
+    making(Empty((0, 64), torch.bfloat16, (1, 7)))
+    assert lowered(lambda x, w: rms_norm(x, w), X[:0], W).backend == "triton"

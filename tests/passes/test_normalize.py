@@ -27,7 +27,7 @@ def normalised(model: Model, x: torch.Tensor = X) -> list[str]:
     module.recompile()
     expected, actual = model(x.clone()), module(x.clone())
     for e, a in zip(*([r] if isinstance(r, torch.Tensor) else r for r in (expected, actual)), strict=True):
-        assert (e.dtype, e.shape) == (a.dtype, a.shape)
+        assert (e.dtype, e.shape, e.stride()) == (a.dtype, a.shape, a.stride())
         assert torch.equal(e, a)
     return [str(node.target).removeprefix("aten.") for node in module.graph.nodes if node.op == "call_function"]
 
@@ -109,6 +109,15 @@ def test_a_copy_that_is_laid_out_otherwise_stays() -> None:
 )
 def test_what_is_one_value_is_one_node(model: Model, left: list[str]) -> None:
     assert normalised(model) == left
+
+
+def test_a_product_lies_as_its_first_operand_does() -> None:
+    def model(x: torch.Tensor) -> Any:
+        dense = x.contiguous()
+        return x * dense + 1, dense * x - 1
+
+    assert normalised(model, torch.randn(8, 4).t()).count("mul.Tensor") == 2
+    assert normalised(model, torch.randn(4, 8)).count("pow.Tensor_Scalar") == 1
 
 
 def test_a_number_that_two_outputs_hold_is_theirs_alone() -> None:

@@ -161,6 +161,14 @@ def test_an_input_that_is_not_what_was_declared() -> None:
     assert bench.counts() == (1, 2)
 
 
+def test_a_shape_that_a_size_has_none_of() -> None:
+    bench = Bench(one(lambda n, x: [x + n], {}, ("s0", "12//(s0 - 4)")), "auto", 8, 4)
+    for _ in range(2):
+        bench(8, numbers(8, 3))
+    assert "x is not ('s0', '12//(s0 - 4)')" in bench.note.why
+    assert bench.counts() == (1, 2)
+
+
 @pytest.mark.parametrize("way", ["packed", "transposed", "columns", "gaps inside"])
 def test_strides_at_other_sizes(way: str) -> None:
     """What lies with gaps, or in another order, lies so at other sizes too, or is not captured up front."""

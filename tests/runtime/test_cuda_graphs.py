@@ -101,8 +101,9 @@ def test_a_program_inside_a_program() -> None:
         same(outer(3, x, W)[0], nested.run(3, x, W)[0])
 
 
-def test_gradients_are_not_for_graphs() -> None:
-    bench = Bench(linear())
+@pytest.mark.parametrize("sizes", [(), (8, 3)])
+def test_gradients_are_not_for_graphs(sizes: tuple[int, ...]) -> None:
+    bench = Bench(linear(), "auto", *sizes)
     for _ in range(4):
         bench.call(3, numbers(3, 4).requires_grad_(), W)[0].sum().backward()
     assert bench.counts() == (0, 0)

@@ -110,6 +110,11 @@ def test_each_layers_own_sizes_are_assumed_of_it_alone(tmp_path: Path) -> None:
         assert torch.allclose(compiled(torch.cat([x] * 6), cached), model(torch.cat([x] * 6), cached), atol=1e-5)
 
 
+def test_nothing_that_did_not_fuse_is_no_error(model: Stack, tmp_path: Path) -> None:
+    _, told = start(model, tmp_path, torch.randn(2, 7, WIDTH), on_miss="error")
+    assert told.count("add_rms_norm") == 3
+
+
 def test_damage_costs_a_compilation_and_says_so(model: Stack, tmp_path: Path) -> None:
     x = torch.randn(2, 7, WIDTH)
     cold, _ = start(model, tmp_path, x)

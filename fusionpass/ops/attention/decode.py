@@ -1,0 +1,113 @@
+"""Attention of a few tokens over a cache."""
+
+from typing import Any
+
+import torch
+
+from ...errors import ArgumentError
+from ...op import Tolerance, op
+from ..rows import triton_backend
+
+WIDEST = 256
+"""Columns of a head that the kernel takes."""
+
+WEIGHTS_ROUNDED = Tolerance(ulp=1, fraction=1.0, cancels=2)
+"""Kernel and reference round the softmax's weights to the dtype of the values, and the result to its own.
+
+Each rounding is off by up to half a step: of the result, and of each weighted value, whose errors are independent, as
+the values are, so that their sum shrinks as the result does. Twice half a step, in both: two steps of the tensor's
+largest magnitude.
+"""
+
+
+def _sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
+    """The last few of `tokens` positions ask; `width` is that of a head, or of all heads if none is as wide."""
+    head_dim = width if width <= WIDEST else 128
+    kv_heads = 2 if width <= WIDEST else -(-width // (2 * head_dim))
+    queries = min(tokens, 8)
+
+    def heads(count: int, rows: int) -> torch.Tensor:
+        made = torch.randn(1, rows, count, head_dim, generator=generator, device=device)
+        return made.to(dtype).transpose(1, 2)
+
+    seen = torch.ones(1, 1, queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
+    return {"q": heads(2 * kv_heads, queries), "k": heads(kv_heads, tokens), "v": heads(kv_heads, tokens), "mask": seen}
+
+
+@op(outputs=("attended",), sample=_sample, tolerance={"attended": WEIGHTS_ROUNDED})
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Attention, `softmax(q @ kᵀ * scale + mask) @ v`; query head h reads KV head h // (heads // kv_heads).
+
+    A row whose positions are all hidden gives zeros. The kernel does not read hidden positions: NaN in them, which
+    PyTorch's own kernels may let through, does not reach the result.
+
+    Args:
+        q: [batch, heads, tokens, head_dim], floating point.
+        k: [batch, kv_heads, positions, head_dim], `q.dtype`; `heads` is a multiple of `kv_heads`.
+        v: [batch, kv_heads, positions, v_head_dim], `q.dtype`.
+        mask: two to four dimensions, broadcasts to [batch, heads, tokens, positions]. Bool, True where a position may
+            be seen; or `q.dtype` or float32 and added, -inf where it may not. None: all may be seen.
+        causal: token t sees the positions up to t, the first being 0. Not with a mask.
+        scale: None: 1 / sqrt(head_dim).
+        enable_gqa: where no kernel fits, PyTorch is asked to share the heads itself; else they are repeated, as models
+            do that pass a mask, with which most of PyTorch's kernels share none.
+
+    Returns:
+        [batch, heads, tokens, v_head_dim], `q.dtype`; in memory [batch, tokens, heads, v_head_dim].
+
+    Raises:
+        ArgumentError: shapes or dtypes do not fit, or there are both `mask` and `causal`.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017; Ainslie et al., "GQA", 2023, for heads that share keys.
+    """
+    _check(q, k, v, mask, causal)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and not enable_gqa:
+        k, v = (_repeated(t, groups) for t in (k, v))
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=enable_gqa
+    )
+    # Which layout SDPA returns depends on what runs it; this one's heads join into rows without a copy.
+    return attended.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _repeated(t: torch.Tensor, groups: int) -> torch.Tensor:
+    batch, kv_heads, positions, width = t.shape
+    return (
+        t[:, :, None]
+        .expand(batch, kv_heads, groups, positions, width)
+        .reshape(batch, kv_heads * groups, positions, width)
+    )
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> None:
+    shapes = f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if any(t.dim() != 4 for t in (q, k, v)):
+        raise ArgumentError(shapes, "attention", "Pass [batch, heads, tokens, head_dim]")
+    if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
+        dtypes = f"q is {q.dtype}, k {k.dtype}, v {v.dtype}"
+        raise ArgumentError(dtypes, "attention", "They must be of one floating point dtype")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
+        raise ArgumentError(shapes, "attention", "k and v must have one batch, one width and as many positions")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ArgumentError(shapes, "attention", "The heads of q must be a multiple of those of k")
+    if mask is None:
+        return
+    if causal:
+        raise ArgumentError("there is a mask and causal=True", "attention", "Pass one of them")
+    if mask.dtype not in (torch.bool, q.dtype, torch.float32):
+        raise ArgumentError(f"the mask is {mask.dtype}", "attention", f"Pass bool, {q.dtype} or float32")
+    whole = (*q.shape[:3], k.shape[2])
+    if not 2 <= mask.dim() <= 4 or any(m not in (1, n) for m, n in zip(mask.shape[::-1], whole[::-1], strict=False)):
+        raise ArgumentError(f"the mask is {tuple(mask.shape)}", "attention", f"Pass two dimensions or more of {whole}")
+
+
+attention.backends.append(triton_backend(f"{__package__}.decode_triton", "plan_attention"))

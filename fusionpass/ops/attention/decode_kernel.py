@@ -1,0 +1,233 @@
+"""Triton kernels of attention of a few tokens over a cache: parts of the positions, and their combination."""
+# Triton's own language has no annotations that mypy could check.
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _power(score, peak):
+    """exp(score - peak), 0 where a score is hidden (-inf), also where all are."""
+    # Subtracted before it is scaled: a mask of the least finite number must not become infinite.
+    return tl.exp2((score - tl.where(peak == float("-inf"), 0.0, peak)) * LOG2E)
+
+
+@triton.jit
+def _attend(
+    queries,
+    k_rows,
+    v_rows,
+    k_position,
+    v_position,
+    position,
+    seen,
+    bias,
+    scale,
+    peak,
+    total,
+    summed,
+    DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+):
+    """`peak`, `total` and `summed` of the softmax with a block of positions more, of which those in `seen` are read."""
+    read = tl.max(seen.to(tl.int32), 0) > 0
+    columns = tl.arange(0, DIM_BLOCK)
+    v_columns = tl.arange(0, V_BLOCK)
+    # Both are to be on their way before one is waited for. What a product reads is put into shared memory right behind
+    # its load, so the values are loaded first, and are kept from that by the choice that leaves out what was not read.
+    wanted = read[:, None] & (v_columns < V_DIM)[None, :]
+    values = tl.load(v_rows + position[:, None] * v_position + v_columns[None, :], wanted)
+    keys = tl.load(
+        k_rows + position[:, None] * k_position + columns[None, :],
+        read[:, None] & (columns < DIM)[None, :],
+        other=0.0,
+    )
+    score = tl.dot(queries, tl.trans(keys)) * scale
+    if bias is not None:
+        score += bias
+    score = tl.where(seen, score, float("-inf"))
+    highest = tl.maximum(peak, tl.max(score, 1))
+    weight = _power(score, highest[:, None])
+    values = tl.where(wanted, values, 0.0)
+    kept = _power(peak, highest)
+    total = total * kept + tl.sum(weight, 1)
+    summed = summed * kept[:, None] + tl.dot(weight.to(values.dtype), values)
+    return highest, total, summed
+
+
+@triton.jit
+def decode_kernel(
+    q,
+    k,
+    v,
+    mask,
+    out,
+    sums,
+    peaks,
+    totals,
+    kv_heads,
+    positions,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_position,
+    v_batch,
+    v_head,
+    v_position,
+    mask_batch,
+    mask_head,
+    mask_token,
+    mask_position,
+    scale,
+    TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    ADDED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One KV head and one split of the positions a program, for all query heads and tokens that read that head.
+
+    Split s takes blocks s, s + SPLITS, …: wherever the visible positions are, they are shared evenly. Rows are tokens ×
+    GROUP query heads. MASK_ROWS is 1 where all rows have one mask; ADDED, where it is added. With one split the result
+    goes to `out`, else the parts to `sums`, `peaks` and `totals`; a part that has seen nothing leaves `sums` unwritten.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    batch = pid // kv_heads
+    head = pid % kv_heads
+    row = tl.arange(0, ROWS).to(tl.int64)
+    token = row // GROUP
+    q_heads = head * GROUP + row % GROUP
+    inside = row < TOKENS * GROUP
+    columns = tl.arange(0, DIM_BLOCK)
+    mask_row = tl.arange(0, MASK_ROWS).to(tl.int64)
+    mask_inside = mask_row < TOKENS * GROUP
+    k_rows = k + batch * k_batch + head * k_head
+    v_rows = v + batch * v_batch + head * v_head
+    if PDL:
+        gdc_wait()
+    q_rows = q + batch * q_batch + q_heads * q_head + token * q_token
+    queries = tl.load(q_rows[:, None] + columns[None, :], inside[:, None] & (columns < DIM)[None, :], other=0.0)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    summed = tl.zeros([ROWS, V_BLOCK], tl.float32)
+    places = tl.arange(0, BLOCK).to(tl.int64)
+    end = positions
+    if CAUSAL:
+        end = tl.minimum(positions, TOKENS)
+    first = split * BLOCK
+    if mask is not None:
+        heads_of_mask = (head * GROUP + mask_row % GROUP) * mask_head
+        mask_rows = mask + batch * mask_batch + heads_of_mask + (mask_row // GROUP) * mask_token
+        hidden: tl.constexpr = float("-inf") if ADDED else 0
+        place = first + places
+        marks = tl.load(
+            mask_rows[:, None] + place[None, :] * mask_position,
+            mask_inside[:, None] & (place < end)[None, :],
+            other=hidden,
+        )
+    for start in range(first, end, SPLITS * BLOCK):
+        position = start + places
+        if mask is None:
+            seen = inside[:, None] & (position < end)[None, :]
+            if CAUSAL:
+                seen &= position[None, :] <= token[:, None]
+            peak, total, summed = _attend(
+                queries, k_rows, v_rows, k_position, v_position, position, seen, None, scale, peak, total, summed,
+                DIM, DIM_BLOCK, V_DIM, V_BLOCK,
+            )  # fmt: skip
+        else:
+            bias = None
+            if ADDED:
+                bias = marks.to(tl.float32)
+                seen = bias != float("-inf")
+            else:
+                seen = marks != 0
+            # The next block's mask is on its way while this one is worked on: all else waits for it.
+            place = position + SPLITS * BLOCK
+            marks = tl.load(
+                mask_rows[:, None] + place[None, :] * mask_position,
+                mask_inside[:, None] & (place < end)[None, :],
+                other=hidden,
+            )
+            if tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0:
+                peak, total, summed = _attend(
+                    queries, k_rows, v_rows, k_position, v_position, position, seen, bias, scale, peak, total, summed,
+                    DIM, DIM_BLOCK, V_DIM, V_BLOCK,
+                )  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+    v_columns = tl.arange(0, V_BLOCK)
+    # As the outputs lie: batch, tokens, heads.
+    made = (batch * TOKENS + token) * (kv_heads * GROUP) + q_heads
+    if SPLITS == 1:
+        # A row that has seen nothing has nothing to divide, and is zero.
+        result = summed / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(
+            out + made[:, None] * V_DIM + v_columns[None, :],
+            result.to(out.dtype.element_ty),
+            inside[:, None] & (v_columns < V_DIM)[None, :],
+        )
+    else:
+        part = made * SPLITS + split
+        tl.store(peaks + part, peak, inside)
+        tl.store(totals + part, total, inside)
+        written = inside & (total != 0.0)
+        tl.store(
+            sums + part[:, None] * V_DIM + v_columns[None, :],
+            summed,
+            written[:, None] & (v_columns < V_DIM)[None, :],
+        )
+
+
+@triton.jit
+def combine_kernel(
+    like,
+    sums,
+    peaks,
+    totals,
+    out,
+    SPLITS: tl.constexpr,
+    SPLITS_BLOCK: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One row of the result a program: its parts, each weighed by the exponential of its peak. `like` is not read."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS_BLOCK)
+    columns = tl.arange(0, V_BLOCK)
+    part = row * SPLITS + split
+    if PDL:
+        gdc_wait()
+    total = tl.load(totals + part, split < SPLITS, other=0.0)
+    peak = tl.load(peaks + part, split < SPLITS, other=float("-inf"))
+    # Where nothing was seen nothing was written; a NaN was seen.
+    written = total != 0.0
+    summed = tl.load(
+        sums + part[:, None] * V_DIM + columns[None, :],
+        written[:, None] & (columns < V_DIM)[None, :],
+        other=0.0,
+    )
+    if PDL:
+        gdc_launch_dependents()
+    weight = _power(peak, tl.max(peak, 0))
+    whole = tl.sum(weight * total, 0)
+    result = tl.sum(summed * weight[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
+    tl.store(out + row * V_DIM + columns, result.to(out.dtype.element_ty), columns < V_DIM)

@@ -1,0 +1,185 @@
+"""Plans of the decode kernels: what they accept, and how the positions are split."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from ...arch import Arch
+from ...launch import Empty, Launch
+from ..rows import known, static
+from .decode import WIDEST
+from .decode_kernel import combine_kernel, decode_kernel
+
+ROWS = 32
+"""Rows, tokens times query heads, that share a KV head: more are for kernels that are bound by their products."""
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304, "gfx950": 256}
+"""Multiprocessors, or compute units, of A100, H100, B200, RTX 5090, MI300X and MI355X."""
+ANY_POSITIONS, ANY_BATCH = 32, 8
+"""Splits at most where the number of positions, or that of KV heads in the batch, is not known."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the positions are cut.
+
+    Args:
+        block: positions a program takes at once.
+        splits: programs that share a KV head.
+        warps: per program.
+    """
+
+    block: int
+    splits: int
+    warps: int
+
+
+def configure(arch: Arch, kv_heads: int | None, positions: int | None, width: int) -> Cut:
+    """The cut for `kv_heads` KV heads in the whole batch and `positions` (None: any number) of `width` columns.
+
+    A block's keys and values are loaded at once, 16 KiB of each: two such programs keep a multiprocessor's share of the
+    memory busy. So there are as many splits as make two programs for each, and of those that leave the longest split as
+    long the fewest, since each is another part to combine.
+    """
+    block = max(32, min(128, 8192 // triton.next_power_of_2(width)))
+    most = ANY_BATCH if kv_heads is None else max(1, 2 * PROCESSORS.get(arch.name, 128) // max(1, kv_heads))
+    if positions is None:
+        return Cut(block, min(most, ANY_POSITIONS), 4)
+    blocks = max(1, math.ceil(positions / block))
+    longest = math.ceil(blocks / most)
+    return Cut(block, math.ceil(blocks / longest), 4)
+
+
+def _refuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> str | None:
+    """Why the kernels cannot read these."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"q is {q.dtype}: the products are of 16-bit numbers"
+    for name, t in {"k": k, "v": v, "mask": mask}.items():
+        if t is not None and t.device != q.device:
+            return f"{name} is on {t.device}, q on {q.device}"
+    for name, t in {"q": q, "k": k, "v": v}.items():
+        width: Any = t.shape[3]
+        if not isinstance(width, int) or not 0 < width <= WIDEST or width % 8:
+            return f"{name} has heads of {width} columns, not a multiple of 8 up to {WIDEST}"
+        if not known(t.stride(3) == 1):
+            return f"{name} has stride {t.stride(3)} in its last dimension, not 1"
+    heads, kv_heads, tokens = static(q.shape[1]), static(k.shape[1]), static(q.shape[2])
+    if heads is None or kv_heads is None or tokens is None:
+        return "the number of heads or of tokens is symbolic: then SDPA's own kernels, which are for many tokens"
+    rows = heads // kv_heads * tokens
+    if rows == 0:
+        return "there is nothing to attend"
+    if rows > ROWS:
+        return f"{rows} rows a KV head (at most {ROWS}): SDPA's own kernels are for many tokens"
+    return None
+
+
+def _mask_strides(mask: torch.Tensor | None, shape: tuple[Any, ...]) -> tuple[Any, ...] | str:
+    """The strides of `mask` over [batch, heads, tokens, positions], 0 where it is broadcast, or why there are none."""
+    if mask is None:
+        return 0, 0, 0, 0
+    missing = 4 - mask.dim()
+    strides: list[Any] = [0] * missing
+    for size, step, whole in zip(mask.shape, mask.stride(), shape[missing:], strict=True):
+        if known(size == 1):
+            strides.append(0)
+        elif known(size == whole):
+            strides.append(step)
+        else:
+            return f"the mask is {tuple(mask.shape)} for {tuple(shape)}, and may be broadcast"
+    return tuple(strides)
+
+
+def plan_attention(
+    arch: Arch,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Launch | str:
+    """The launches that run `attention` where few tokens ask, or why there are none."""
+    if reason := _refuse(q, k, v, mask):
+        return reason
+    batch, heads, tokens, width = q.shape
+    kv_heads, positions, v_width = k.shape[1], k.shape[2], v.shape[3]
+    mask_strides = _mask_strides(mask, (batch, heads, tokens, positions))
+    if isinstance(mask_strides, str):
+        return mask_strides
+    group = heads // kv_heads
+    rows = max(16, triton.next_power_of_2(group * tokens))
+    one_mask = (group == 1 or known(mask_strides[1] == 0)) and (tokens == 1 or known(mask_strides[2] == 0))
+    cut = configure(arch, static(batch * kv_heads), static(positions), max(width, v_width))
+    shape = (batch, heads, tokens, v_width)
+    out = Empty(shape, q.dtype, (tokens * heads * v_width, v_width, heads * v_width, 1))
+    each = (batch, tokens, heads, cut.splits)
+    split = cut.splits > 1
+    parts = {
+        "sums": Empty((*each, v_width), torch.float32) if split else None,
+        "peaks": Empty(each, torch.float32) if split else None,
+        "totals": Empty(each, torch.float32) if split else None,
+    }
+    columns = {"V_DIM": v_width, "V_BLOCK": max(16, triton.next_power_of_2(v_width))}
+    decode = Launch(
+        decode_kernel,
+        (batch * kv_heads, cut.splits),
+        {
+            "q": q,
+            "k": k,
+            "v": v,
+            "mask": mask,
+            "out": None if split else out,
+            **parts,
+            "kv_heads": kv_heads,
+            "positions": positions,
+            **_strides("q", q, "token"),
+            **_strides("k", k, "position"),
+            **_strides("v", v, "position"),
+            **dict(zip(("mask_batch", "mask_head", "mask_token", "mask_position"), mask_strides, strict=True)),
+            "scale": 1.0 / math.sqrt(width) if scale is None else float(scale),
+            "TOKENS": tokens,
+            "GROUP": group,
+            "ROWS": rows,
+            "MASK_ROWS": 1 if one_mask else rows,
+            "ADDED": mask is not None and mask.dtype != torch.bool,
+            "CAUSAL": causal,
+            "DIM": width,
+            "DIM_BLOCK": max(16, triton.next_power_of_2(width)),
+            **columns,
+            "BLOCK": cut.block,
+            "SPLITS": cut.splits,
+            "PDL": arch.has_pdl,
+        },
+        returns=() if split else ("out",),
+        num_warps=cut.warps,
+        pdl=arch.has_pdl,
+    )
+    if not split:
+        return decode
+    return Launch(
+        combine_kernel,
+        (batch * tokens * heads,),
+        {
+            "like": q,
+            **parts,
+            "out": out,
+            "SPLITS": cut.splits,
+            "SPLITS_BLOCK": triton.next_power_of_2(cut.splits),
+            **columns,
+            "PDL": arch.has_pdl,
+        },
+        returns=("out",),
+        num_warps=cut.warps,
+        pdl=arch.has_pdl,
+        before=(decode,),
+    )
+
+
+def _strides(name: str, t: torch.Tensor, third: str) -> dict[str, Any]:
+    """By parameter, but for the last one, which is 1."""
+    steps = t.stride()
+    return {f"{name}_batch": steps[0], f"{name}_head": steps[1], f"{name}_{third}": steps[2]}

@@ -1,0 +1,115 @@
+"""attend: calls of scaled_dot_product_attention in Dynamo's graph → the op, before AOTAutograd chooses what runs them."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..errors import FusionpassError
+from ..graphs import VIEWS, aten, erase_unused, same_shape, same_strides, value
+from ..infer import Inference
+from ..op import OPS
+from ..ops.attention import attention
+
+_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_DEFAULTS: dict[str, Any] = {
+    "attn_mask": None,
+    "dropout_p": 0.0,
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
+}
+
+
+DEVICES = ("cuda",)
+"""Where the op may have a kernel; elsewhere a call is best left as it is."""
+
+
+def attend(gm: GraphModule, disable: Collection[str] = ()) -> None:
+    """Replace calls on a GPU by the op, in place, where it means the same and its result lies as the call's does.
+
+    Args:
+        gm: one of Dynamo's graphs; its nodes carry fake tensors as "example_value".
+        disable: as `Config.disable`.
+    """
+    if attention.name in disable:
+        return
+    for node in gm.graph.find_nodes(op="call_function", target=scaled_dot_product_attention):
+        given = {**_DEFAULTS, **dict(zip(_PARAMETERS, node.args, strict=False)), **node.kwargs}
+        if given["dropout_p"] != 0.0:
+            continue
+        q, k, v = (given[name] for name in ("query", "key", "value"))
+        arguments = {
+            **{"q": q, "k": k, "v": v, "mask": given["attn_mask"], "causal": given["is_causal"]},
+            **{"scale": given["scale"], "enable_gqa": given["enable_gqa"]},
+        }
+        wanted = node.meta.get("example_value")
+        if not isinstance(wanted, torch.Tensor) or wanted.device.type not in DEVICES:
+            continue
+        made = _result(arguments, wanted)
+        if made is None:
+            continue
+        with gm.graph.inserting_before(node):
+            new = gm.graph.call_function(attention.overload, *attention.call(arguments))
+            new.meta = {**node.meta, "example_value": made}
+            if not same_strides(wanted.shape, made.stride(), wanted.stride()):
+                new = gm.graph.call_method("contiguous", (new,))
+                new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def _result(arguments: dict[str, Any], wanted: torch.Tensor) -> torch.Tensor | None:
+    """What the op returns, if it takes these arguments and lies as `wanted` does, or would if it were contiguous."""
+    vals = torch.fx.map_arg(arguments, lambda node: node.meta["example_value"])
+    if any(isinstance(v, torch.Tensor) and v.requires_grad for v in vals.values()):
+        return None
+    try:
+        with wanted.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+            made: torch.Tensor = attention.reference(**vals)
+    except FusionpassError:
+        return None  # the call's own error is the user's
+    alike = same_strides(wanted.shape, made.stride(), wanted.stride()) or wanted.is_contiguous()
+    return made if alike and made.dtype == wanted.dtype and same_shape(made.shape, wanted.shape) else None
+
+
+def share_heads(graph: Graph) -> None:
+    """Give each attention in an aten graph the keys and values as they were before their heads were repeated."""
+    infer = Inference()
+    for node in list(graph.nodes):
+        if OPS.get(node.target) is not attention:
+            continue
+        arguments = attention.bind(node.args, node.kwargs)
+        before = {name: _unrepeated(arguments[name]) for name in ("k", "v")}
+        if None in before.values():
+            continue
+        arguments |= before
+        results = infer(attention, arguments)
+        assert not isinstance(results, str), results
+        old = node.all_input_nodes
+        node.args, node.kwargs = attention.call(arguments)
+        for source in old:
+            erase_unused(graph, source)
+
+
+def _unrepeated(node: Node) -> Node | None:
+    """What `x[:, :, None].expand(batch, heads, n, positions, width).reshape(...)` repeats, as `repeat_kv` spells it."""
+    steps: list[Any] = [node]
+    for targets in ((aten.clone.default,), (aten.expand.default,), (aten.unsqueeze.default,)):
+        source = steps[-1].args[0] if steps[-1].args else None
+        if not isinstance(source, Node) or source.target not in targets:
+            return None
+        steps.append(source)
+    view, _, expand, unsqueeze = steps
+    source = unsqueeze.args[0]
+    val, wide = value(source), value(expand)
+    if view.target not in VIEWS or val is None or wide is None or val.dim() != 4 or unsqueeze.args[1] != -3:
+        return None
+    batch, heads, positions, width = val.shape
+    repeats = wide.shape[2]
+    whole = (batch, heads, repeats, positions, width)
+    joined = (batch, heads * repeats, positions, width)
+    return source if same_shape(wide.shape, whole) and same_shape(view.meta["val"].shape, joined) else None

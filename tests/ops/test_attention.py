@@ -1,0 +1,359 @@
+"""Attention: its reference against float64, its errors, its plans, and its kernels' code. No GPU is needed."""
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from fusionpass import Config
+from fusionpass.aot import compile_launch
+from fusionpass.arch import Arch
+from fusionpass.errors import ArgumentError
+from fusionpass.graphs import same_strides
+from fusionpass.ops import attention
+from fusionpass.session import Session
+
+pytest.importorskip("triton")
+from fusionpass.ops.attention.decode_triton import PROCESSORS, Cut, configure
+from tests.attention import arguments_for_attention, oracle, visible
+from tests.fake_gpu import codegen, fake_gpu, needs_cuda_build
+
+H100 = Arch("sm_90")
+BF16 = torch.bfloat16
+
+
+def zeros(*shape: int, dtype: torch.dtype = BF16, device: str = "cpu") -> torch.Tensor:
+    return torch.zeros(*shape, dtype=dtype, device=device)
+
+
+def inputs(tokens: int = 1, device: str = "cpu", **changes: Any) -> dict[str, Any]:
+    """Two requests, eight heads of 64 over two KV heads, 100 positions."""
+    made = {"q": zeros(2, 8, tokens, 64, device=device), "k": zeros(2, 2, 100, 64, device=device)}
+    return attention.bind((), {**made, "v": made["k"], **changes})
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_the_reference_against_float64(data: st.DataObject) -> None:
+    arguments = data.draw(arguments_for_attention("cpu", 200))
+    # In float64 as well, which the tests of other kernels take as their oracle.
+    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    exact, allowed = oracle(arguments)
+    result = attention.reference(**arguments)
+    assert result.dtype == arguments["q"].dtype
+    assert result.transpose(1, 2).is_contiguous()
+    assert ((result.double() - exact).abs() <= allowed).all()
+    if arguments["mask"] is None or arguments["mask"].dtype == torch.bool:
+        assert torch.allclose(attention.reference(**wide), exact, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("added", [False, True])
+def test_a_row_that_sees_nothing_gives_zeros(dtype: torch.dtype, added: bool) -> None:
+    q, k, v = (torch.randn(2, heads, rows, 64).to(dtype) for heads, rows in ((4, 3), (2, 5), (2, 5)))
+    mask = torch.ones(2, 1, 3, 5, dtype=torch.bool)
+    mask[1, 0, 1] = False
+    result = attention(q, k, v, torch.where(mask, 0.0, -math.inf).to(dtype) if added else mask)
+    assert (result[1, :, 1] == 0).all()
+    assert (result[1, :, 0] != 0).all()
+    assert (result[0] != 0).all()
+
+
+def test_an_empty_cache_gives_zeros() -> None:
+    empty = zeros(2, 2, 0, 64)
+    for mask in (None, zeros(1, 1, 1, 0, dtype=torch.bool)):
+        assert torch.equal(attention(**inputs(k=empty, v=empty, mask=mask)), zeros(2, 8, 1, 64))
+
+
+def test_query_heads_share_the_keys_that_repeating_gives_them() -> None:
+    q, k, v = (torch.randn(1, heads, 3, 64) for heads in (6, 2, 2))
+    repeated = attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1))
+    assert torch.allclose(attention(q, k, v), repeated, atol=1e-6)
+    assert torch.allclose(attention(q, k, v, torch.ones(3, 3, dtype=torch.bool)), repeated, atol=1e-6)
+
+
+def test_it_has_a_gradient() -> None:
+    q, k, v = (torch.randn(1, heads, 3, 64, requires_grad=True) for heads in (4, 2, 2))
+    attention(q, k, v, causal=True).square().sum().backward()
+    found = [t.grad for t in (q, k, v)]
+    for t in (q, k, v):
+        t.grad = None
+    attention.reference(q, k, v, causal=True).square().sum().backward()
+    for t, grad in zip((q, k, v), found, strict=True):
+        assert torch.equal(t.grad, grad)
+
+
+K = zeros(2, 2, 100, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": zeros(8, 1, 64)}, "q is (8, 1, 64), k (2, 2, 100, 64)"),
+        ({"k": K.half()}, "k torch.float16"),
+        ({"q": K.int(), "k": K.int(), "v": K.int()}, "one floating point dtype"),
+        ({"q": zeros(3, 8, 1, 64)}, "one batch, one width"),
+        ({"q": zeros(2, 8, 1, 32)}, "one batch, one width"),
+        ({"v": zeros(2, 2, 99, 64)}, "as many positions"),
+        ({"v": zeros(2, 1, 100, 64)}, "as many positions"),
+        ({"q": zeros(2, 3, 1, 64)}, "a multiple of those of k"),
+        ({"k": zeros(2, 0, 100, 64), "v": zeros(2, 0, 100, 64)}, "a multiple of those of k"),
+        ({"mask": zeros(1, 100, dtype=torch.bool), "causal": True}, "a mask and causal=True"),
+        ({"mask": zeros(1, 100, dtype=torch.int64)}, "the mask is torch.int64"),
+        ({"mask": zeros(1, 100, dtype=torch.float16)}, "the mask is torch.float16"),
+        ({"mask": zeros(100, dtype=torch.bool)}, "two dimensions or more of (2, 8, 1, 100)"),
+        ({"mask": zeros(1, 99, dtype=torch.bool)}, "the mask is (1, 99)"),
+        ({"mask": zeros(1, 2, 1, 1, 100, dtype=torch.bool)}, "the mask is (1, 2, 1, 1, 100)"),
+    ],
+)
+def test_arguments_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=re.escape(message)):
+        attention(**inputs(**changes))
+
+
+F32 = torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"q": zeros(2, 8, 1, 64, dtype=F32), "k": K.float(), "v": K.float()}, "q is torch.float32: the products are"),
+        ({"v": K.to("meta")}, "v is on meta, q on cpu"),
+        ({"mask": zeros(1, 100, dtype=torch.bool, device="meta")}, "mask is on meta, q on cpu"),
+        ({"v": zeros(2, 2, 100, 320)}, "v has heads of 320 columns, not a multiple of 8 up to 256"),
+        ({"v": zeros(2, 2, 100, 36)}, "v has heads of 36 columns"),
+        ({"v": zeros(2, 2, 100, 0)}, "v has heads of 0 columns"),
+        ({"k": zeros(2, 2, 64, 100).mT}, "k has stride 100 in its last dimension, not 1"),
+        ({"q": zeros(2, 8, 1, 128)[..., ::2]}, "q has stride 2 in its last dimension, not 1"),
+        ({"q": zeros(2, 8, 9, 64)}, "36 rows a KV head (at most 32): SDPA's own kernels are for many tokens"),
+        ({"q": zeros(2, 66, 1, 64)}, "33 rows a KV head"),
+        ({"q": zeros(2, 8, 0, 64)}, "there is nothing to attend"),
+    ],
+)
+def test_what_the_kernel_refuses(changes: dict[str, Any], reason: str) -> None:
+    launch, why = attention.plan(H100, inputs(**changes))
+    assert launch is None
+    assert why.startswith(f"triton: {reason}")
+
+
+def symbolic(mode: FakeTensorMode, tensor: torch.Tensor, *dims: int) -> torch.Tensor:
+    kinds = [DimDynamic.DYNAMIC if i in dims else DimDynamic.STATIC for i in range(tensor.dim())]
+    return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(kinds))
+
+
+def test_symbolic_sizes() -> None:
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment)
+
+    def reason(**changes: Any) -> Any:
+        return attention.plan(H100, inputs(**changes))[1]
+
+    apart = "triton: the number of heads or of tokens is symbolic: then SDPA's own kernels, which are for many tokens"
+    assert reason(q=symbolic(mode, zeros(2, 8, 5, 64), 2)) == apart
+    assert reason(q=symbolic(mode, zeros(2, 8, 5, 64), 1)) == apart
+    assert "not a multiple of 8" in reason(q=symbolic(mode, zeros(2, 8, 5, 64), 3))
+    mask = symbolic(mode, zeros(2, 1, 1, 100, dtype=torch.bool), 3)
+    assert "and may be broadcast" in reason(mask=mask)
+    assert not environment.guards
+
+
+@pytest.mark.parametrize("dims", [(0,), (2,), (0, 2)], ids=str)
+def test_symbolic_batch_and_positions(dims: tuple[int, ...]) -> None:
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment)
+    k = symbolic(mode, K, *dims)
+    with mode:
+        q = torch.empty(k.shape[0], 8, 1, 64, dtype=BF16)
+        mask = torch.empty(k.shape[0], 1, 1, k.shape[2], dtype=torch.bool)
+        seen = mode.from_tensor(zeros(1, 1, 1, 100, dtype=torch.bool)) if dims == (0,) else mask
+        expected = attention.reference(q, k, k, mask)
+    guards = len(environment.guards)
+    for given_mask in (None, mask, seen):
+        launch, why = attention.plan(H100, inputs(q=q, k=k, v=k, mask=given_mask))
+        assert launch is not None, why
+        assert len(environment.guards) == guards
+        splits = {(0,): 1, (2,): 32, (0, 2): 8}[dims]
+        assert launch.args["SPLITS"] == splits
+        out = launch.args["out"]
+        assert tuple(out.shape) == tuple(expected.shape)
+        assert same_strides(out.shape, out.stride, expected.stride())
+        for part in launch.all:
+            assert "mma.sync" in compile_launch(part, H100)["ptx"] or part is launch
+
+
+@pytest.mark.parametrize(
+    ("heads", "positions", "width", "cut"),
+    [
+        (8, 4096, 128, Cut(64, 32, 4)),  # 64 blocks, of which two each take as long as if the 33rd helped
+        (8, 4096, 64, Cut(128, 32, 4)),
+        (8, 4096, 256, Cut(32, 32, 4)),
+        (8, 4096, 80, Cut(64, 32, 4)),
+        (8, 100, 128, Cut(64, 2, 4)),
+        (8, 64, 128, Cut(64, 1, 4)),
+        (8, 0, 128, Cut(64, 1, 4)),
+        (256, 4096, 128, Cut(64, 1, 4)),
+        (1000, 131072, 128, Cut(64, 1, 4)),
+        (1, 131072, 128, Cut(64, 256, 4)),
+        (0, 4096, 128, Cut(64, 64, 4)),
+        (8, None, 128, Cut(64, 32, 4)),
+        (64, None, 128, Cut(64, 4, 4)),
+        (None, 4096, 128, Cut(64, 8, 4)),
+        (None, None, 128, Cut(64, 8, 4)),
+    ],
+)
+def test_how_positions_are_split(heads: int | None, positions: int | None, width: int, cut: Cut) -> None:
+    assert configure(H100, heads, positions, width) == cut
+
+
+@given(
+    name=st.sampled_from([*PROCESSORS, "sm_86"]),
+    heads=st.integers(1, 2000),
+    positions=st.integers(1, 300_000),
+    width=st.integers(8, 256),
+)
+def test_splits_are_no_more_than_blocks_nor_than_keep_the_gpu_busy(
+    name: str, heads: int, positions: int, width: int
+) -> None:
+    cut = configure(Arch(name), heads, positions, width)
+    blocks = math.ceil(positions / cut.block)
+    assert 1 <= cut.splits <= blocks
+    assert cut.splits * heads <= max(heads, 2 * PROCESSORS.get(name, 128))
+    # One split fewer would make the longest longer.
+    assert cut.splits == 1 or math.ceil(blocks / (cut.splits - 1)) > math.ceil(blocks / cut.splits)
+
+
+def test_one_split_has_one_launch_and_more_have_a_second_that_shares_their_buffers() -> None:
+    alone, _ = attention.plan(H100, inputs(k=zeros(2, 2, 64, 64), v=zeros(2, 2, 64, 64)))
+    assert alone is not None
+    assert not alone.before
+    assert alone.args["sums"] is None
+    launch, _ = attention.plan(H100, inputs(k=zeros(2, 2, 999, 64), v=zeros(2, 2, 999, 64)))
+    assert launch is not None
+    (first,) = launch.before
+    assert first.args["out"] is None
+    assert all(first.args[name] is launch.args[name] for name in ("sums", "peaks", "totals"))
+    assert (first.grid, launch.grid) == ((4, 8), (16,))
+
+
+@pytest.mark.parametrize(
+    ("mask", "strides", "rows"),
+    [
+        (zeros(1, 100), (0, 0, 0, 1), 1),
+        (zeros(2, 1, 1, 100), (100, 0, 0, 1), 1),
+        (zeros(1, 100).expand(2, 8, 3, 100), (0, 0, 0, 1), 1),
+        (zeros(3, 100), (0, 0, 100, 1), 16),
+        (zeros(8, 1, 100), (0, 100, 0, 1), 16),
+        (zeros(1, 1, 3, 1), (0, 0, 1, 0), 16),
+        (zeros(1, 1, 3, 128)[..., 5:105], (0, 0, 128, 1), 16),
+    ],
+)
+def test_how_a_mask_is_followed(mask: torch.Tensor, strides: tuple[int, ...], rows: int) -> None:
+    launch, _ = attention.plan(H100, inputs(tokens=3, mask=mask.bool()))
+    assert launch is not None
+    first = launch.all[0]
+    assert tuple(first.args[f"mask_{d}"] for d in ("batch", "head", "token", "position")) == strides
+    assert first.args["MASK_ROWS"] == rows
+
+
+def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return zeros(*shape, dtype=dtype, device="meta")
+
+
+def compiled(
+    name: str, width: int, kind: str = "bool", rows: int = 4, positions: int = 4096, dtype: torch.dtype = BF16
+) -> list[str]:
+    """The code of each launch, for a static cache."""
+    kinds = {"bool": torch.bool, "rows": torch.bool, "added": dtype, "wide": F32}
+    mask = meta(1, rows if kind == "rows" else 1, 1, positions, dtype=kinds[kind]) if kind in kinds else None
+    k = meta(1, 1, positions, width, dtype=dtype)
+    launch, why = attention.plan(Arch(name), inputs(q=meta(1, rows, 1, width, dtype=dtype), k=k, v=k, mask=mask))
+    assert launch is not None, why
+    made = [compile_launch(part, Arch(name)) for part in launch.all]
+    return [asm["ptx"] if "ptx" in asm else asm["amdgcn"] for asm in made]
+
+
+@pytest.mark.parametrize("name", ["sm_90", "sm_100", "sm_120", "gfx942", "gfx950"])
+@pytest.mark.parametrize("width", [64, 80, 96, 128, 192, 256])
+def test_compiles(name: str, width: int) -> None:
+    decode, combine = compiled(name, width)
+    if name.startswith("sm"):
+        assert "mma.sync.aligned.m16n8k16" in decode
+        # Whole rows of 80 too come 16 bytes a thread.
+        assert re.search(r"ld\.global[\w.:]*\.v4\.b32", decode)
+        assert "griddepcontrol.wait" in decode
+        assert "griddepcontrol.wait" in combine
+    else:
+        assert re.search(r"v_mfma_f32_(16x16x|32x32x)\d+_?bf16", decode)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 32])
+@pytest.mark.parametrize("kind", ["none", "bool", "rows", "added", "wide"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+def test_nothing_spills(dtype: torch.dtype, kind: str, rows: int) -> None:
+    for width in (64, 128, 256):
+        for text in compiled("sm_90", width, kind, rows, dtype=dtype):
+            assert not re.search(r"(ld|st)\.local", text)
+
+
+@pytest.mark.parametrize("positions", [64, 4096])
+@pytest.mark.parametrize("kind", ["none", "bool", "added"])
+def test_waits_and_loads_before_it_launches_its_dependents(kind: str, positions: int) -> None:
+    for text in compiled("sm_90", 128, kind, positions=positions):
+        wait, launch = text.index("griddepcontrol.wait"), text.index("griddepcontrol.launch_dependents")
+        assert wait < text.index("ld.global") <= text.rindex("ld.global") < launch < text.index("st.global")
+
+
+def test_keys_and_values_are_behind_the_branch_and_both_asked_for_before_one_is_waited_for() -> None:
+    decode = compiled("sm_90", 128)[0]
+    loads = [m.start() for m in re.finditer(r"ld\.global[\w.:]*\.v4\.b32", decode)]
+    queries, rest = loads[:2], loads[2:]
+    assert len(rest) == 16  # 64 rows of 256 bytes, twice, over 128 threads
+    assert re.search(r"@%p\d+ bra", decode[queries[-1] : rest[0]])
+    assert "bar.sync" not in decode[rest[0] : rest[-1]]
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("kind", ["none", "bool", "added", "causal"])
+@pytest.mark.parametrize("shape", [(1, 32, 8, 1, 128), (2, 8, 8, 3, 64), (3, 8, 2, 4, 80)], ids=str)
+def test_the_layout_is_that_of_the_reference_on_a_gpu(shape: tuple[int, ...], kind: str) -> None:
+    batch, heads, kv_heads, tokens, width = shape
+    with fake_gpu("sm_90"), FakeTensorMode():
+        q = torch.empty(batch, tokens, heads, width, dtype=BF16, device="cuda").transpose(1, 2)
+        k = torch.empty(batch, kv_heads, 100, width, dtype=BF16, device="cuda")
+        dtype = torch.bool if kind == "bool" else BF16
+        mask = torch.empty(batch, 1, tokens, 100, dtype=dtype, device="cuda") if kind in ("bool", "added") else None
+        expected = attention.reference(q, k, k, mask, kind == "causal")
+    launch, why = attention.plan(H100, attention.bind((q, k, k, mask, kind == "causal"), {}))
+    assert launch is not None, why
+    out = launch.args["out"]
+    assert (tuple(out.shape), out.dtype) == (tuple(expected.shape), expected.dtype)
+    assert same_strides(out.shape, out.stride, expected.stride())
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_in_inductors_wrapper(dynamic: bool) -> None:
+    """Both kernels, the parts in buffers of their own, and the heads joined into rows without a copy."""
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return attention(q, k, v, mask).transpose(1, 2).reshape(2, 1, 512)
+
+    def make() -> tuple[torch.Tensor, ...]:
+        k, v = (torch.empty(2, 2, 999, 64, dtype=BF16, device="cuda") for _ in range(2))
+        mask = torch.empty(2, 1, 1, 999, dtype=torch.bool, device="cuda")
+        for tensor, dim in ((k, 2), (v, 2), (mask, 3)) if dynamic else ():
+            torch._dynamo.mark_dynamic(tensor, dim)
+        return torch.empty(2, 8, 1, 64, dtype=BF16, device="cuda"), k, v, mask
+
+    session = Session(Config(target=H100))
+    (source,) = codegen(function, make, "sm_90", session)
+    assert session.report.count("attention") == 1
+    calls = re.findall(r"(\w+)\.run\(", source)
+    assert ["decode" in calls[0], "combine" in calls[1], len(calls)] == [True, True, 2]
+    assert source.count("empty_strided_cuda(") - source.count("def empty_strided_cuda(") == 4

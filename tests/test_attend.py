@@ -1,0 +1,146 @@
+"""SDPA becomes the op where that is the same, and repeated heads are shared again."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fusionpass
+from fusionpass import Arch, Config, Report
+from fusionpass.passes import attend
+from fusionpass.report.trace import Record
+from tests.fake_gpu import needs_cuda_build
+
+SM90 = Config(target=Arch("sm_90"))
+BATCH, HEADS, KV, SLOTS, DIM = 2, 4, 2, 24, 64
+Q = torch.randn(BATCH, HEADS, 1, DIM).bfloat16()
+K, V = (torch.randn(BATCH, KV, SLOTS, DIM).bfloat16() for _ in range(2))
+SEEN = torch.rand(BATCH, 1, 1, SLOTS) > 0.3
+
+
+def repeated(x: Tensor, times: int = HEADS // KV) -> Tensor:
+    """As transformers' `repeat_kv`."""
+    batch, heads, positions, width = x.shape
+    return x[:, :, None].expand(batch, heads, times, positions, width).reshape(batch, -1, positions, width)
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, repeated(k), repeated(v), attn_mask=seen, scale=0.1)
+
+
+def interleaving(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, seen)
+
+
+def shared(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, repeated(k), repeated(v), is_causal=True)
+
+
+def explained(model: Callable[..., Any], *args: Tensor, config: Config = SM90) -> tuple[Report, str]:
+    report = fusionpass.explain(model, *args, config=config)
+    return report, dict(report.graphs[0].snapshots)["fuse"]
+
+
+def attentions(report: Report) -> list[Record]:
+    return [record for record in report.fused if record.op == "attention"]
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("model", [masked, interleaving, shared, causal])
+def test_one_kernel_reads_each_head_once(model: Callable[..., Any]) -> None:
+    report, graph = explained(model, Q, K, V, SEEN)
+    (record,) = attentions(report)
+    assert (record.backend, record.reason) == ("triton", "")
+    assert "expand" not in graph
+    assert "clone" not in graph
+
+
+@pytest.mark.parametrize("model", [masked, interleaving, shared, causal])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_the_same_numbers(model: Callable[..., Any], tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no kernel fits, the op is what the model wrote."""
+    monkeypatch.setattr(attend, "DEVICES", ("cpu",))
+    q = torch.randn(BATCH, HEADS, tokens, DIM).bfloat16()
+    seen = torch.rand(BATCH, 1, tokens, SLOTS) > 0.3
+    expected = model(q, K, V, seen)
+    compiled = fusionpass.compile(model, numerics="eager", cache=False)
+    with torch.no_grad():
+        result = compiled(q, K, V, seen)
+    assert fusionpass.report(compiled).count("attention") == 1
+    assert torch.equal(result, expected)
+    assert result.stride() == expected.stride()
+
+
+@needs_cuda_build
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda q, k, v, seen: F.scaled_dot_product_attention(q, repeated(k), repeated(v), dropout_p=0.1),
+        lambda q, k, v, seen: F.scaled_dot_product_attention(
+            q[0], k[0, :1].expand(4, -1, -1), v[0, :1].expand(4, -1, -1)
+        ),
+    ],
+    ids=["dropout", "three dimensions"],
+)
+def test_other_calls_stay(model: Callable[..., Any]) -> None:
+    report, _ = explained(model, Q, K, V, SEEN)
+    assert not attentions(report)
+
+
+def test_a_cpu_keeps_its_call() -> None:
+    report, _ = explained(masked, Q, K, V, SEEN, config=Config())
+    assert not attentions(report)
+
+
+@needs_cuda_build
+def test_disabled() -> None:
+    report, _ = explained(masked, Q, K, V, SEEN, config=Config(target=Arch("sm_90"), disable={"attention"}))
+    assert not attentions(report)
+
+
+def test_training_keeps_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend, "DEVICES", ("cpu",))
+    q, k, v = (t.float().requires_grad_() for t in (Q, K, V))
+    compiled = fusionpass.compile(lambda q, k, v: masked(q, k, v, SEEN), cache=False)
+    compiled(q, k, v).sum().backward()
+    assert q.grad is not None
+    assert "attention" not in {record.op for record in fusionpass.report(compiled).fused}
+
+
+@needs_cuda_build
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda q, k, v, seen: F.scaled_dot_product_attention(q, repeated(k), repeated(v) + 1, seen),
+        lambda q, k, v, seen: F.scaled_dot_product_attention(
+            q, *(x[:, None].expand(BATCH, 2, KV, SLOTS, DIM).reshape(BATCH, -1, SLOTS, DIM) for x in (k, v)), seen
+        ),
+        lambda q, k, v, seen: F.scaled_dot_product_attention(
+            q, *(x.transpose(1, 2).reshape(BATCH, HEADS, -1, DIM) for x in (k, v)), seen[..., : SLOTS // 2]
+        ),
+        lambda q, k, v, seen: F.scaled_dot_product_attention(
+            q, *(repeated(x, 4).view(BATCH, HEADS, 2 * SLOTS, DIM) for x in (k, v)), torch.cat([seen, seen], -1)
+        ),
+    ],
+    ids=["values changed", "repeated in another order", "not repeated", "joined otherwise"],
+)
+def test_heads_that_are_not_repeated_so(model: Callable[..., Any]) -> None:
+    report, graph = explained(model, Q, K, V, SEEN)
+    assert len(attentions(report)) == 1
+    assert "clone" in graph, "what is read is written out"
+
+
+@needs_cuda_build
+def test_many_tokens_are_for_sdpa() -> None:
+    report, _ = explained(masked, torch.randn(BATCH, HEADS, 40, DIM).bfloat16(), K, V, SEEN)
+    (record,) = attentions(report)
+    assert record.backend == "inductor"
+    assert "SDPA's own kernels are for many tokens" in record.reason
