@@ -21,8 +21,8 @@ from fusionpass.session import Session
 
 pytest.importorskip("triton")
 from fusionpass.ops.attention.decode_triton import PROCESSORS, Cut, configure
-from tests.attention import arguments_for_attention, oracle, visible
-from tests.fake_gpu import codegen, fake_gpu, needs_cuda_build
+from tests.attention import arguments_for_attention, families, oracle
+from tests.fake_gpu import codegen, needs_cuda_build
 
 H100 = Arch("sm_90")
 BF16 = torch.bfloat16
@@ -30,6 +30,10 @@ BF16 = torch.bfloat16
 
 def zeros(*shape: int, dtype: torch.dtype = BF16, device: str = "cpu") -> torch.Tensor:
     return torch.zeros(*shape, dtype=dtype, device=device)
+
+
+def marks(*shape: int) -> torch.Tensor:
+    return zeros(*shape, dtype=torch.bool)
 
 
 def inputs(tokens: int = 1, device: str = "cpu", **changes: Any) -> dict[str, Any]:
@@ -41,7 +45,7 @@ def inputs(tokens: int = 1, device: str = "cpu", **changes: Any) -> dict[str, An
 @settings(max_examples=300)
 @given(data=st.data())
 def test_the_reference_against_float64(data: st.DataObject) -> None:
-    arguments = data.draw(arguments_for_attention("cpu", 200))
+    arguments = data.draw(arguments_for_attention(data.draw(families()), "cpu", 200))
     # In float64 as well, which the tests of other kernels take as their oracle.
     wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
     exact, allowed = oracle(arguments)
@@ -67,7 +71,7 @@ def test_a_row_that_sees_nothing_gives_zeros(dtype: torch.dtype, added: bool) ->
 
 def test_an_empty_cache_gives_zeros() -> None:
     empty = zeros(2, 2, 0, 64)
-    for mask in (None, zeros(1, 1, 1, 0, dtype=torch.bool)):
+    for mask in (None, marks(1, 1, 1, 0)):
         assert torch.equal(attention(**inputs(k=empty, v=empty, mask=mask)), zeros(2, 8, 1, 64))
 
 
@@ -104,12 +108,12 @@ K = zeros(2, 2, 100, 64)
         ({"v": zeros(2, 1, 100, 64)}, "as many positions"),
         ({"q": zeros(2, 3, 1, 64)}, "a multiple of those of k"),
         ({"k": zeros(2, 0, 100, 64), "v": zeros(2, 0, 100, 64)}, "a multiple of those of k"),
-        ({"mask": zeros(1, 100, dtype=torch.bool), "causal": True}, "a mask and causal=True"),
+        ({"mask": marks(1, 100), "causal": True}, "a mask and causal=True"),
         ({"mask": zeros(1, 100, dtype=torch.int64)}, "the mask is torch.int64"),
         ({"mask": zeros(1, 100, dtype=torch.float16)}, "the mask is torch.float16"),
-        ({"mask": zeros(100, dtype=torch.bool)}, "two dimensions or more of (2, 8, 1, 100)"),
-        ({"mask": zeros(1, 99, dtype=torch.bool)}, "the mask is (1, 99)"),
-        ({"mask": zeros(1, 2, 1, 1, 100, dtype=torch.bool)}, "the mask is (1, 2, 1, 1, 100)"),
+        ({"mask": marks(100)}, "two dimensions or more of (2, 8, 1, 100)"),
+        ({"mask": marks(1, 99)}, "the mask is (1, 99)"),
+        ({"mask": marks(1, 2, 1, 1, 100)}, "the mask is (1, 2, 1, 1, 100)"),
     ],
 )
 def test_arguments_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
@@ -158,7 +162,7 @@ def test_symbolic_sizes() -> None:
     assert reason(q=symbolic(mode, zeros(2, 8, 5, 64), 2)) == apart
     assert reason(q=symbolic(mode, zeros(2, 8, 5, 64), 1)) == apart
     assert "not a multiple of 8" in reason(q=symbolic(mode, zeros(2, 8, 5, 64), 3))
-    mask = symbolic(mode, zeros(2, 1, 1, 100, dtype=torch.bool), 3)
+    mask = symbolic(mode, marks(2, 1, 1, 100), 3)
     assert "and may be broadcast" in reason(mask=mask)
     assert not environment.guards
 
@@ -171,7 +175,7 @@ def test_symbolic_batch_and_positions(dims: tuple[int, ...]) -> None:
     with mode:
         q = torch.empty(k.shape[0], 8, 1, 64, dtype=BF16)
         mask = torch.empty(k.shape[0], 1, 1, k.shape[2], dtype=torch.bool)
-        seen = mode.from_tensor(zeros(1, 1, 1, 100, dtype=torch.bool)) if dims == (0,) else mask
+        seen = mode.from_tensor(marks(1, 1, 1, 100)) if dims == (0,) else mask
         expected = attention.reference(q, k, k, mask)
     guards = len(environment.guards)
     for given_mask in (None, mask, seen):
@@ -244,17 +248,17 @@ def test_one_split_has_one_launch_and_more_have_a_second_that_shares_their_buffe
 @pytest.mark.parametrize(
     ("mask", "strides", "rows"),
     [
-        (zeros(1, 100), (0, 0, 0, 1), 1),
-        (zeros(2, 1, 1, 100), (100, 0, 0, 1), 1),
-        (zeros(1, 100).expand(2, 8, 3, 100), (0, 0, 0, 1), 1),
-        (zeros(3, 100), (0, 0, 100, 1), 16),
-        (zeros(8, 1, 100), (0, 100, 0, 1), 16),
-        (zeros(1, 1, 3, 1), (0, 0, 1, 0), 16),
-        (zeros(1, 1, 3, 128)[..., 5:105], (0, 0, 128, 1), 16),
+        (marks(1, 100), (0, 0, 0, 1), 1),
+        (marks(2, 1, 1, 100), (100, 0, 0, 1), 1),
+        (marks(1, 100).expand(2, 8, 3, 100), (0, 0, 0, 1), 1),
+        (marks(3, 100), (0, 0, 100, 1), 16),
+        (marks(8, 1, 100), (0, 100, 0, 1), 16),
+        (marks(1, 1, 3, 1), (0, 0, 1, 0), 16),
+        (marks(1, 1, 3, 128)[..., 5:105], (0, 0, 128, 1), 16),
     ],
 )
 def test_how_a_mask_is_followed(mask: torch.Tensor, strides: tuple[int, ...], rows: int) -> None:
-    launch, _ = attention.plan(H100, inputs(tokens=3, mask=mask.bool()))
+    launch, _ = attention.plan(H100, inputs(tokens=3, mask=mask))
     assert launch is not None
     first = launch.all[0]
     assert tuple(first.args[f"mask_{d}"] for d in ("batch", "head", "token", "position")) == strides
@@ -323,7 +327,7 @@ def test_keys_and_values_are_behind_the_branch_and_both_asked_for_before_one_is_
 @pytest.mark.parametrize("shape", [(1, 32, 8, 1, 128), (2, 8, 8, 3, 64), (3, 8, 2, 4, 80)], ids=str)
 def test_the_layout_is_that_of_the_reference_on_a_gpu(shape: tuple[int, ...], kind: str) -> None:
     batch, heads, kv_heads, tokens, width = shape
-    with fake_gpu("sm_90"), FakeTensorMode():
+    with FakeTensorMode():
         q = torch.empty(batch, tokens, heads, width, dtype=BF16, device="cuda").transpose(1, 2)
         k = torch.empty(batch, kv_heads, 100, width, dtype=BF16, device="cuda")
         dtype = torch.bool if kind == "bool" else BF16
