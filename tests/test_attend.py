@@ -124,13 +124,20 @@ def test_training_keeps_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
             q, *(x[:, None].expand(BATCH, 2, KV, SLOTS, DIM).reshape(BATCH, -1, SLOTS, DIM) for x in (k, v)), seen
         ),
         lambda q, k, v, seen: F.scaled_dot_product_attention(
+            q,
+            *(x[:1, :, None].expand(BATCH, KV, 2, SLOTS, DIM).reshape(BATCH, HEADS, SLOTS, DIM) for x in (k, v)),
+            seen,
+        ),
+        lambda q, k, v, seen: F.scaled_dot_product_attention(
             q, *(x.transpose(1, 2).reshape(BATCH, HEADS, -1, DIM) for x in (k, v)), seen[..., : SLOTS // 2]
         ),
         lambda q, k, v, seen: F.scaled_dot_product_attention(
-            q, *(repeated(x, 4).view(BATCH, HEADS, 2 * SLOTS, DIM) for x in (k, v)), torch.cat([seen, seen], -1)
+            q,
+            *(x[:, :, None].expand(-1, -1, 4, -1, -1).reshape(BATCH, HEADS, 2 * SLOTS, DIM) for x in (k, v)),
+            torch.cat([seen, seen], -1),
         ),
     ],
-    ids=["values changed", "repeated in another order", "not repeated", "joined otherwise"],
+    ids=["values changed", "repeated in another order", "batch repeated", "not repeated", "joined otherwise"],
 )
 def test_heads_that_are_not_repeated_so(model: Callable[..., Any]) -> None:
     report, graph = explained(model, Q, K, V, SEEN)

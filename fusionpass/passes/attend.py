@@ -1,4 +1,4 @@
-"""attend: calls of scaled_dot_product_attention in Dynamo's graph → the op, before AOTAutograd chooses what runs them."""
+"""attend: scaled_dot_product_attention in Dynamo's graph → the op, before AOTAutograd chooses what runs it."""
 
 from collections.abc import Collection
 from typing import Any
@@ -8,7 +8,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import FusionpassError
-from ..graphs import VIEWS, aten, erase_unused, same_shape, same_strides, value
+from ..graphs import VIEWS, aten, erase_unused, same_shape, same_strides
 from ..infer import Inference
 from ..op import OPS
 from ..ops.attention import attention
@@ -42,8 +42,13 @@ def attend(gm: GraphModule, disable: Collection[str] = ()) -> None:
             continue
         q, k, v = (given[name] for name in ("query", "key", "value"))
         arguments = {
-            **{"q": q, "k": k, "v": v, "mask": given["attn_mask"], "causal": given["is_causal"]},
-            **{"scale": given["scale"], "enable_gqa": given["enable_gqa"]},
+            "q": q,
+            "k": k,
+            "v": v,
+            "mask": given["attn_mask"],
+            "causal": given["is_causal"],
+            "scale": given["scale"],
+            "enable_gqa": given["enable_gqa"],
         }
         wanted = node.meta.get("example_value")
         if not isinstance(wanted, torch.Tensor) or wanted.device.type not in DEVICES:
@@ -97,19 +102,14 @@ def share_heads(graph: Graph) -> None:
 
 def _unrepeated(node: Node) -> Node | None:
     """What `x[:, :, None].expand(batch, heads, n, positions, width).reshape(...)` repeats, as `repeat_kv` spells it."""
-    steps: list[Any] = [node]
-    for targets in ((aten.clone.default,), (aten.expand.default,), (aten.unsqueeze.default,)):
-        source = steps[-1].args[0] if steps[-1].args else None
-        if not isinstance(source, Node) or source.target not in targets:
+    chain: list[Any] = [node]
+    for targets in (VIEWS, (aten.clone.default,), (aten.expand.default,), (aten.unsqueeze.default,)):
+        if chain[-1].target not in targets:
             return None
-        steps.append(source)
-    view, _, expand, unsqueeze = steps
-    source = unsqueeze.args[0]
-    val, wide = value(source), value(expand)
-    if view.target not in VIEWS or val is None or wide is None or val.dim() != 4 or unsqueeze.args[1] != -3:
+        chain.append(chain[-1].args[0])
+    view, _, expand, unsqueeze, source = chain
+    if unsqueeze.args[1] != -3:
         return None
-    batch, heads, positions, width = val.shape
-    repeats = wide.shape[2]
-    whole = (batch, heads, repeats, positions, width)
-    joined = (batch, heads * repeats, positions, width)
-    return source if same_shape(wide.shape, whole) and same_shape(view.meta["val"].shape, joined) else None
+    *batch, heads, positions, width = source.meta["val"].shape
+    joined = (*batch, heads * expand.meta["val"].shape[-3], positions, width)
+    return source if same_shape(view.meta["val"].shape, joined) else None

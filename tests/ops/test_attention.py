@@ -161,6 +161,7 @@ def test_symbolic_sizes() -> None:
     apart = "triton: the number of heads or of tokens is symbolic: then SDPA's own kernels, which are for many tokens"
     assert reason(q=symbolic(mode, zeros(2, 8, 5, 64), 2)) == apart
     assert reason(q=symbolic(mode, zeros(2, 8, 5, 64), 1)) == apart
+    assert reason(k=symbolic(mode, zeros(2, 2, 100, 64), 1)) == apart
     assert "not a multiple of 8" in reason(q=symbolic(mode, zeros(2, 8, 5, 64), 3))
     mask = symbolic(mode, marks(2, 1, 1, 100), 3)
     assert "and may be broadcast" in reason(mask=mask)
