@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from fusionpass.arch import Arch
 from fusionpass.launch import Launch
 from fusionpass.ops import attention
-from tests.attention import Family, arguments_for_attention, check_attention, cuts, families
 
 pytest.importorskip("triton")
 from fusionpass.ops.attention.decode_triton import Cut
+from tests.attention import Family, arguments_for_attention, check_attention, cuts, families
 
 DEVICE = torch.device("cuda")
 BF16, FP16 = torch.bfloat16, torch.float16

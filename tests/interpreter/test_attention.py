@@ -81,6 +81,14 @@ def test_a_static_cache_costs_what_it_holds(loaded: list[int], filled: int, bloc
     assert len(rest) == 2 * 2 * blocks
 
 
+def test_a_part_that_saw_nothing_is_not_read() -> None:
+    launch, _ = attention.plan(ARCH, cache(1000, mask=(torch.arange(1000) < 100)[None, None, None]))
+    assert launch is not None
+    assert launch.before
+    # New buffers hold NaN here: what is multiplied by zero is seen too.
+    assert launch.run()[0].isfinite().all()
+
+
 def test_causal_reads_no_further_than_its_tokens(loaded: list[int]) -> None:
     check_attention(ARCH, cache(1000, q=drawn(1, 4, 3, 64), causal=True))
     assert sum(loaded) == 2 * 8 * 6 * 64 + 2 * 2 * 3 * 64

@@ -6,6 +6,7 @@ import torch
 
 from ...errors import ArgumentError
 from ...op import Tolerance, op
+from ..rope import head_dim, heads
 from ..rows import triton_backend
 
 WIDEST = 256
@@ -21,17 +22,17 @@ largest magnitude.
 
 
 def _sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
-    """The last few of `tokens` positions ask; `width` is that of a head, or of all heads if none is as wide."""
-    head_dim = width if width <= WIDEST else 128
-    kv_heads = 2 if width <= WIDEST else -(-width // (2 * head_dim))
-    queries = min(tokens, 8)
-
-    def heads(count: int, rows: int) -> torch.Tensor:
-        made = torch.randn(1, rows, count, head_dim, generator=generator, device=device)
-        return made.to(dtype).transpose(1, 2)
-
+    """The last few of `tokens` positions ask; their queries have `width` columns, in heads as those of `qk_rope`."""
+    dim, queries = head_dim(width), min(tokens, 8)
+    count = width // dim
+    shared = count // 4 if count % 4 == 0 else 1
     seen = torch.ones(1, 1, queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
-    return {"q": heads(2 * kv_heads, queries), "k": heads(kv_heads, tokens), "v": heads(kv_heads, tokens), "mask": seen}
+    return {
+        "q": heads(count, queries, dim, dtype, device, generator),
+        "k": heads(shared, tokens, dim, dtype, device, generator),
+        "v": heads(shared, tokens, dim, dtype, device, generator),
+        "mask": seen,
+    }
 
 
 @op(outputs=("attended",), sample=_sample, tolerance={"attended": WEIGHTS_ROUNDED})
