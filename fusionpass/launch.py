@@ -35,7 +35,8 @@ class Launch:
         early: the parameters that the kernel may read before that wait, where its constexpr EARLY is true.
         mutates: the parameters that are inputs and written to; `returns` names them where they are outputs. The op is
             functional all the same: who runs the launch copies them first, unless nobody reads the old values.
-        before: launches that run first, in order; an `Empty` of theirs that this one has too is one buffer.
+        before: launches that run first, in order; an `Empty` of theirs that this one has too is one buffer. Two parameters
+            of one launch are two buffers.
     """
 
     kernel: Any
@@ -70,19 +71,20 @@ class Launch:
 
     def run(self) -> list[torch.Tensor]:
         """Allocate the outputs and launch on the current stream of the inputs' device."""
-        made: dict[int, torch.Tensor] = {}
+        earlier: dict[int, torch.Tensor] = {}
         args: dict[str, Any] = {}
         for launch in self.all:
-            args = {name: launch._argument(name, made) for name in launch.args}
+            args = {name: launch._argument(name, earlier) for name in launch.args}
+            earlier |= {id(v): args[name] for name, v in launch.args.items() if isinstance(v, Empty)}
             if 0 not in launch.grid:
                 with torch.cuda.device_of(next(v for v in args.values() if isinstance(v, torch.Tensor))):
                     launch.kernel[launch.grid](**args, **launch.options())
         return [args[name] for name in self.returns]
 
-    def _argument(self, name: str, made: dict[int, torch.Tensor]) -> Any:
+    def _argument(self, name: str, earlier: dict[int, torch.Tensor]) -> Any:
         value = self.args[name]
         if isinstance(value, Empty):
-            return made.setdefault(id(value), value.new(self.device))
+            return earlier[id(value)] if id(value) in earlier else value.new(self.device)
         if name not in self.mutates:
             return value
         copied = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

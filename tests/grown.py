@@ -158,16 +158,27 @@ class _Gardener:
     def arguments(self, spelling: Spelling, read: torch.Tensor) -> dict[str, Any]:
         """What the spelled function is traced with: `read` first, then the op's sample, and numbers of our own."""
         rows, width = math.prod(read.shape[:-1]), read.shape[-1]
-        sample = spelling.op.sample(rows, width, read.dtype, "cpu", self.random)
+        sample = (spelling.sample or spelling.op.sample)(rows, width, read.dtype, "cpu", self.random)
+        if (dim := spelling.constants.get("dim")) is not None and dim < read.dim():
+            part = read.narrow(dim, 0, read.shape[dim] // 2)
+            return {
+                "cache": read,
+                "x": torch.randn(part.shape, generator=self.random).to(read.dtype),
+                "positions": torch.randperm(read.shape[dim], generator=self.random)[: part.shape[dim]],
+            }
         wanted: dict[str, Any] = {}
         for name, parameter in inspect.signature(spelling.function).parameters.items():
             if not wanted:
                 wanted[name] = read
             elif parameter.annotation is float:
                 wanted[name] = self.pick(EPS) if name == "eps" else sample.get(name, 1.0)
+            elif parameter.annotation is int:
+                wanted[name] = sample.get(name, max(1, width // 2))
             elif parameter.annotation not in (bool, str):
                 given = sample.get(name)
                 given = torch.randn(rows, width, generator=self.random).to(read.dtype) if given is None else given
+                if given.dim() > read.dim():  # one row of angles for each token
+                    given = given.flatten(0, -2)[: read.shape[-2] if read.dim() > 1 else 1]
                 wanted[name] = given.reshape(read.shape) if given.shape == (rows, width) else given
         return wanted
 

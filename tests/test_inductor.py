@@ -230,10 +230,15 @@ def test_launches_share_a_buffer_and_copy_what_they_mutate(monkeypatch: pytest.M
             return lambda **kwargs: given.append(kwargs)
 
     between, cache = Empty((4,), torch.float32), torch.zeros(8)
-    first = Launch(Kernel(), (1,), {"x": cache, "y": between}, ("y",))
+    first = Launch(Kernel(), (1,), {"x": cache, "y": between, "z": Empty((4,), torch.float32)}, ("y",))
+    same = Launch(Kernel(), (1,), {"x": cache, "y": between, "z": between}, ("y", "z"))
+    one, other = same.run()
+    assert one.data_ptr() != other.data_ptr(), "two outputs are two buffers"
+    given.clear()
     launch = Launch(Kernel(), (1,), {"x": between, "c": cache}, ("c",), mutates=("c",), before=(first,))
     (result,) = launch.run()
     assert given[0]["y"] is given[1]["x"]
+    assert given[0]["y"] is not given[0]["z"]
     assert given[0]["x"] is cache
     assert result is given[1]["c"] is not cache
 

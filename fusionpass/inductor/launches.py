@@ -33,21 +33,21 @@ def _lower_op(overload: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any
         return lowering.fallback_handler(overload, add_to_fallback_set=False)(*args, **kwargs)
     device = planned.launch.device
     given = OPS[overload].bind(args, kwargs)
-    buffers: dict[int, Any] = {}
+    earlier: dict[int, Any] = {}
     arguments: dict[str, Any] = {}
     for launch in planned.launch.all:
         arguments, written = {}, list(launch.mutates)
         for name, value in launch.args.items():
             if isinstance(value, Empty):
-                if id(value) not in buffers:
-                    buffers[id(value)] = _allocate(value, device)
+                if id(value) not in earlier:
                     written.append(name)
-                arguments[name] = buffers[id(value)]
+                arguments[name] = earlier[id(value)] if id(value) in earlier else _allocate(value, device)
             elif isinstance(value, torch.Tensor):
                 source = given[planned.sources[id(value)]]
                 arguments[name] = _copied(source) if name in launch.mutates and not planned.in_place else source
             else:
                 arguments[name] = _expression(value)
+        earlier |= {id(v): arguments[name] for name, v in launch.args.items() if isinstance(v, Empty)}
         with _known_writes(written):
             _launch_kernel_class()(launch, arguments)
     returns = planned.launch.returns
