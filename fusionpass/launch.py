@@ -35,8 +35,8 @@ class Launch:
         early: the parameters that the kernel may read before that wait, where its constexpr EARLY is true.
         mutates: the parameters that are inputs and written to; `returns` names them where they are outputs. The op is
             functional all the same: who runs the launch copies them first, unless nobody reads the old values.
-        before: launches that run first, in order; an `Empty` of theirs that this one has too is one buffer. Two parameters
-            of one launch are two buffers.
+        before: launches that run first, in order; an `Empty` of theirs that this one has too is one buffer. Two
+            parameters of one launch are two buffers.
     """
 
     kernel: Any
