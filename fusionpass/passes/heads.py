@@ -8,8 +8,7 @@ from ..graphs import aten, differs, erase_unused, inherit
 from ..infer import Inference
 from ..ops.norm import rms_norm
 from ..ops.rope import rope
-
-_END = 2**63 - 1
+from .normalize import END
 
 
 def bring_together(graph: Graph) -> None:
@@ -31,7 +30,7 @@ def _widen(graph: Graph, node: Node, infer: Inference) -> None:
     turned, rest = parts
     arguments = rope.bind(turned.args, turned.kwargs)
     first, count = arguments["x"], turned.meta["val"].shape[-1]
-    wanted = (aten.slice.Tensor, -1, 0, count), (aten.slice.Tensor, -1, count, _END)
+    wanted = (aten.slice.Tensor, -1, 0, count), (aten.slice.Tensor, -1, count, END)
     if ((first.target, *first.args[1:]), (rest.target, *rest.args[1:])) != wanted or first.args[0] is not rest.args[0]:
         return
     arguments["x"] = first.args[0]

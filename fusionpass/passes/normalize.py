@@ -27,7 +27,8 @@ _ALIASES = (
 )  # fmt: skip
 
 
-_END = 2**63 - 1
+END = 2**63 - 1
+"""Where a slice ends that has no end, as it is traced."""
 
 
 def normalize(graph: Graph) -> None:
@@ -134,7 +135,7 @@ def _bounds(node: Node) -> tuple[Any, ...]:
     size = val.shape[dim]
     # As `x[..., start:]` is traced.
     whole = end is None or (isinstance(end, int) and isinstance(size, int) and end >= size)
-    made = (x, dim - val.dim() if dim >= 0 else dim, 0 if start is None else start, _END if whole else end)
+    made = (x, dim - val.dim() if dim >= 0 else dim, 0 if start is None else start, END if whole else end)
     return made if step == 1 else (*made, step)
 
 
