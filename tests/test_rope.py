@@ -315,6 +315,11 @@ def test_a_norm_whose_rows_would_lie_otherwise() -> None:
     assert stays(graph)
 
 
+def test_a_rotation_that_is_read_without_its_norm() -> None:
+    names, _, _ = fused(lambda q, *rest: (x := llama(heads(q), *rest[:2]), norm(x, rest[2])), Q, COS, SIN, WEIGHTS[0])
+    assert names == ["rope", "rms_norm"]
+
+
 def stays(graph: Graph) -> bool:
     """Whether the norm stands in front of what transposes it."""
     (one,) = [node for node in graph.nodes if node.target is rms_norm.overload]

@@ -177,7 +177,10 @@ def _fold(
         return results
     names = fold.fused.outputs(arguments)
     by_name = dict(zip(names, results, strict=True))
-    targets = {**kept, **{renamed.get(name, name): node for name, node in consumed.items()}}
+    last = {renamed.get(name, name): node for name, node in consumed.items()}
+    if both := sorted(kept.keys() & last.keys()):
+        return f"{both[0]} of {fold.fused} would be two results, both of which are read"
+    targets = {**kept, **last}
     for output, node in targets.items():
         if output not in by_name:
             return f"{fold.fused} does not return {output}, which is read"

@@ -167,7 +167,7 @@ def _around(base: Op, pair: Op, cached: Op) -> tuple[Fold | Beside, ...]:
 
 FOLDS = (
     Fold("norm_rope.before", rms_norm, rope, norm_rope, "norm", (), _norm_first),
-    Fold("norm_rope.after", rope, rms_norm, norm_rope, "rotated", (), _norm_last),
+    Fold("norm_rope.after", rope, rms_norm, norm_rope, "unnormed", (), _norm_last),
     *_around(norm_rope, qk_norm_rope, qk_norm_rope_cache),
     *_around(rope, qk_rope, qk_rope_cache),
 )

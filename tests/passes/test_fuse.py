@@ -175,13 +175,20 @@ def test_a_fold_that_returns_something_else(
     assert ops(graph) == ["rms_norm", "quantize"]
 
 
-def test_an_output_that_the_larger_op_cannot_return() -> None:
-    fold = Fold("test.fold", rms_norm, quantize, rms_norm_quantize, "normalised")
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("normalised", "fusionpass.rms_norm_quantize does not return normalised, which is read"),
+        ("q", "q of fusionpass.rms_norm_quantize would be two results, both of which are read"),
+    ],
+)
+def test_an_output_that_the_larger_op_cannot_return(output: str, reason: str) -> None:
+    fold = Fold("test.fold", rms_norm, quantize, rms_norm_quantize, output)
 
     def model(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
         norm = rms_norm(x, weight)
         return quantize(norm, scale), norm
 
     graph, refused = fused([fold], model, X, W, SCALE)
-    assert refused == {"test.fold": "fusionpass.rms_norm_quantize does not return normalised, which is read"}
+    assert refused == {"test.fold": reason}
     assert ops(graph) == ["rms_norm", "quantize"]
