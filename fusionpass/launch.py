@@ -23,6 +23,16 @@ class Empty:
 
 
 @dataclass(frozen=True)
+class Late:
+    """A choice between kernels that depends on sizes which are symbolic still.
+
+    The op stays a call, which plans for the sizes that it meets; a CUDA graph holds what it chose at its size.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Launch:
     """One Triton launch.
 
@@ -62,7 +72,8 @@ class Launch:
 
     def reading_early(self) -> "Launch":
         """The launch for where the kernel just before it cannot have written `early`: parameters of a model, say."""
-        return replace(self, args={**self.args, "EARLY": True}) if self.early else self
+        before = tuple(launch.reading_early() for launch in self.before)
+        return replace(self, args={**self.args, "EARLY": True} if self.early else self.args, before=before)
 
     @property
     def all(self) -> tuple["Launch", ...]:

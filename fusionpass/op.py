@@ -9,7 +9,7 @@ import torch
 
 from .arch import Arch
 from .errors import RuleError
-from .launch import Launch
+from .launch import Late, Launch
 
 Refusal = str | None
 """Nothing, or the reason why not."""
@@ -51,11 +51,11 @@ class Backend:
     Args:
         name: as it appears in reports and in `Config.disable`.
         plan: `plan(arch, **arguments)`, a pure function: the launch, or the reason why this kernel cannot run it there.
-            Tensors may be fake and sizes symbolic.
+            Tensors may be fake and sizes symbolic; `Late` where it is these sizes that decide.
     """
 
     name: str
-    plan: Callable[..., Launch | str]
+    plan: Callable[..., Launch | Late | str]
 
 
 @dataclass(eq=False)
@@ -125,12 +125,12 @@ class Op:
 
     def plan(
         self, arch: Arch, arguments: Mapping[str, Any], disable: frozenset[str] = frozenset()
-    ) -> tuple[Launch | None, str]:
-        """The launch that runs this call on `arch` and the backend's name, or None and every backend's reason."""
+    ) -> tuple[Launch | Late | None, str]:
+        """What runs this call on `arch` and the backend's name, or None and every backend's reason."""
         reasons = []
         for backend in self.backends:
             planned = "disabled" if backend.name in disable else backend.plan(arch, **arguments)
-            if isinstance(planned, Launch):
+            if not isinstance(planned, str):
                 return planned, backend.name
             reasons.append(f"{backend.name}: {planned}")
         return None, "; ".join(reasons) or "no kernel is registered for it"
@@ -141,7 +141,7 @@ class Op:
         if device.type != "cuda" or not self._takes(arguments):
             return self.reference(**arguments)
         launch, _ = self.plan(Arch.of(device), arguments)
-        if launch is None:
+        if not isinstance(launch, Launch):
             return self.reference(**arguments)
         results = launch.run()
         return results[0] if self.single else results

@@ -17,6 +17,7 @@ from .passes.heads import bring_together
 from .passes.layout import lay_out
 from .passes.lower import lower
 from .passes.normalize import normalize
+from .passes.products import products
 from .passes.recognise import recognise
 from .report.show import show
 from .report.trace import GraphTrace
@@ -43,6 +44,7 @@ def late(config: Config, trace: GraphTrace, parameters: frozenset[Node] = frozen
         share_heads(graph)
         bring_together(graph)
         fuse(graph, folds, trace, config.disable, config.verify)
+        products(graph, config.disable)
         lay_out(graph)
 
     return [

@@ -9,6 +9,7 @@ from torch.fx import Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .arch import Arch
+from .launch import Launch
 from .op import EXACT, OPS, Op, Refusal
 from .testing import difference
 
@@ -65,7 +66,7 @@ def check_launch(op: Op, arguments: Mapping[str, Any], arch: Arch, disable: froz
 
     def after(values: Mapping[str, Any]) -> list[torch.Tensor]:
         launch, reason = op.plan(arch, {**arguments, **values}, disable)
-        assert launch is not None, reason
+        assert isinstance(launch, Launch), reason
         return launch.run()
 
     return _compare(before, after, tensors, op, names)

@@ -12,7 +12,7 @@ from fusionpass.ops import add_rms_norm_quantize
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("module", ["bench.kernels", "bench.tune"])
+@pytest.mark.parametrize("module", ["bench.kernels", "bench.gemm", "bench.tune"])
 def test_without_a_gpu_it_says_so(module):
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-m", module], cwd=root, capture_output=True, text=True)

@@ -42,7 +42,7 @@ def layers(
     return x, residual
 
 
-def arguments(tokens: int = 48, dynamic: bool = False, columns: int = WIDTH) -> tuple[torch.Tensor, ...]:
+def arguments(tokens: int = 96, dynamic: bool = False, columns: int = WIDTH) -> tuple[torch.Tensor, ...]:
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
 
@@ -67,10 +67,22 @@ def call_of(source: str) -> str:
     return source[source.index("def call(") : source.index("runner = ") if "runner = " in source else None]
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_few_rows_of_a_product(dynamic: bool) -> None:
+    """A kernel where their number is known; else a call that chooses when it is."""
+    source, session = generated("sm_90", lambda: arguments(8, dynamic))
+    backends = [record.backend for record in session.report.fused if record.op == "scaled_mm"]
+    call = call_of(source)
+    assert backends == (["late"] if dynamic else ["triton"]) * 2
+    assert kernels_in(source) == (2 if dynamic else 4)
+    assert call.count("torch.ops.fusionpass.scaled_mm.default(") == (2 if dynamic else 0)
+    assert "extern_kernels._scaled_mm" not in call
+
+
 def test_one_kernel_per_site_launched_from_the_wrapper() -> None:
     source, session = generated("sm_90")
     assert session.report.count("add_rms_norm_quantize") == 2
-    assert {r.backend for r in session.report.fused} == {"triton"}
+    assert {r.backend for r in session.report.fused if r.op != "scaled_mm"} == {"triton"}
     assert kernels_in(source) == 2, "one launch a layer; the GEMMs are library calls"
     call = call_of(source)
     assert "torch.ops.fusionpass" not in call, "no operator dispatch at run time"
@@ -87,7 +99,7 @@ def test_a_symbolic_token_count_stays_one_kernel() -> None:
 
 def test_a_strided_input_is_read_where_it_is() -> None:
     source, session = generated("sm_90", lambda: arguments(columns=3 * WIDTH))
-    assert {r.backend for r in session.report.fused} == {"triton"}
+    assert {r.backend for r in session.report.fused if r.op != "scaled_mm"} == {"triton"}
     assert kernels_in(source) == 2, "no copy in front"
 
 

@@ -1,4 +1,4 @@
-"""lower: each op → a Triton launch, or back to plain aten where no kernel takes it. Every choice leaves its reason."""
+"""lower: each op → a Triton launch, a call that chooses later, or plain aten again. Every choice leaves its reason."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..arch import Arch
 from ..errors import FusionpassError
 from ..graphs import CAST, aten, erase_unused, inherit, outputs_of, same_shape, same_strides, value, values
-from ..launch import Empty, Launch
+from ..launch import Empty, Late, Launch
 from ..op import OPS, Op
 from ..report.trace import GraphTrace, Record, Site
 from ..verify import check_launch
@@ -77,6 +77,8 @@ def lower(
 ) -> None:
     """Decide for every op in `graph` who runs it; those that no kernel takes become aten nodes again, in place.
 
+    An op whose choice is `Late` stays as it is.
+
     Args:
         graph: after `fuse`.
         trace: takes a record of every op.
@@ -90,11 +92,12 @@ def lower(
         if op is None:
             continue
         arguments = op.bind(node.args, node.kwargs)
-        launch, reason = _choose(op, node, values(arguments), target, disable)
+        chosen, reason = _choose(op, node, values(arguments), target, disable)
+        launch = chosen if isinstance(chosen, Launch) else None
         if launch is not None and verify and launch.device.type == "cuda" and torch.cuda.is_available():
             wrong = check_launch(op, values(arguments), target or Arch.of(launch.device), disable)
             if wrong:
-                launch, reason = None, wrong
+                launch, chosen, reason = None, None, wrong
                 trace.refused.append(_refused(op, node, arguments, wrong))
         site = node.meta.get("fusionpass", Site())
         copied = _still_read(op, node, arguments, launch) if launch is not None else None
@@ -106,15 +109,16 @@ def lower(
                 where=site.where,
                 source=site.source,
                 scheme=str(arguments.get("scheme", "")),
-                backend="triton" if launch is not None else "inductor",
+                backend="triton" if launch is not None else "late" if chosen is not None else "inductor",
                 rules=site.rules,
             )
         )
-        if launch is None:
+        if chosen is None:
             inline(graph, node, op, arguments)
-        else:
+        if launch is not None:
             sources = _sources(launch, arguments)
-            if all(arguments[sources[id(launch.args[name])]] in parameters for name in launch.early):
+            early = [part.args[name] for part in launch.all for name in part.early]
+            if all(arguments[sources[id(tensor)]] in parameters for tensor in early):
                 launch = launch.reading_early()
             node.meta[LAUNCH] = Planned(launch, sources, bool(launch.mutates) and copied is None)
             node.meta["eager_input_vals"] = (values(node.args), values(node.kwargs))
@@ -128,7 +132,7 @@ def _refused(op: Op, node: Node, arguments: Mapping[str, Any], reason: str) -> R
 
 def _choose(
     op: Op, node: Node, vals: Mapping[str, Any], target: Arch | None, disable: frozenset[str]
-) -> tuple[Launch | None, str]:
+) -> tuple[Launch | Late | None, str]:
     device = next(v.device for v in vals.values() if isinstance(v, torch.Tensor))
     try:
         arch = target or Arch.of(device)
@@ -139,6 +143,8 @@ def _choose(
     launch, reason = op.plan(arch, vals, disable)
     if launch is None:
         return None, reason
+    if isinstance(launch, Late):
+        return launch, launch.reason
     for source in node.all_input_nodes:
         if widened := _just_widened(source):
             return None, f"{source.name} is {widened} made float32 just before: Inductor need not write that out"

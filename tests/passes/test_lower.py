@@ -9,7 +9,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusionpass.arch import Arch
-from fusionpass.launch import Empty, Launch
+from fusionpass.launch import Empty, Late, Launch
 from fusionpass.op import Backend
 from fusionpass.ops import rms_norm
 from fusionpass.passes.lower import lower
@@ -28,7 +28,7 @@ def lowered(model: Callable[..., Any], *args: torch.Tensor, arch: str = "sm_90")
     lower(graph, trace, Arch(arch))
     graph.lint()
     (record,) = trace.fused
-    assert ("fusionpass" in str(graph)) == (record.backend == "triton")
+    assert ("fusionpass" in str(graph)) == (record.backend in ("triton", "late"))
     return record
 
 
@@ -49,6 +49,12 @@ def test_a_cast_that_only_the_kernel_reads_is_not_written_out() -> None:
     assert record.reason.endswith("torch.bfloat16 made float32 just before: Inductor need not write that out")
     assert lowered(lambda x, w: model(x, w, True), X, W).backend == "triton"
     assert lowered(lambda x, w: model(x, w, False), X.double(), W).backend == "triton"
+
+
+def test_a_choice_that_waits_for_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rms_norm, "backends", [Backend("other", lambda arch, **arguments: Late("too early"))])
+    record = lowered(lambda x, w: rms_norm(x, w), X, W)
+    assert (record.backend, record.reason) == ("late", "too early")
 
 
 @pytest.fixture

@@ -1,0 +1,151 @@
+"""Time products of quantised matrices with few rows beside cuBLAS and a copy: `python -m bench.gemm --help`.
+
+Weights are rotated past the L2, as those of a model's layers are.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fusionpass.arch import Arch
+from fusionpass.launch import Launch
+from fusionpass.ops import scaled_mm
+from fusionpass.ops.gemm.stream import Cut
+
+from .machine import ROOT, device_slug, facts, require_gpu
+from .timing import cold_sets, time_calls, warm_up
+
+SHAPES = {
+    "qwen3_8b": [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)],
+    "llama3_70b": [(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)],
+    "deepseek_v3": [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048)],
+}
+"""[N, K] of a layer's products, projections that share an input packed."""
+SCHEMES = ("fp8_token", "fp8_static", "int8_token")
+
+
+def cuts(rows: int, columns: int) -> list[Cut]:
+    """Those that `--search` tries: from as many programs as half an H100 has multiprocessors to eight for each."""
+    if rows == 1:
+        grid = itertools.product((4, 8, 16, 32), (512, 1024, 2048), (1, 2, 4), (4, 8), (1, 3, 5))
+    else:
+        grid = itertools.product((16, 32, 64, 128), (128, 256, 512), (1, 2, 4), (4,), (3, 4, 5))
+    return [
+        cut
+        for cut in (Cut(*parts) for parts in grid)
+        if 4096 <= cut.columns * cut.depth <= 32768 and 66 <= columns / cut.columns * cut.splits <= 1056
+    ]
+
+
+def arguments(rows: int, columns: int, k: int, scheme: str) -> dict[str, Any]:
+    """Random codes whose scales make a product of about one."""
+    dtype = torch.int8 if scheme == "int8_token" else torch.float8_e4m3fn
+    a, b = (torch.randn(n, k, device="cuda").mul(30).to(dtype) for n in (rows, columns))
+    sizes: Any = [(), ()] if scheme == "fp8_static" else [(rows, 1), (1, columns)]
+    scales = [torch.rand(size, device="cuda").add(0.5) / 30 / k**0.25 for size in sizes]
+    return scaled_mm.bind((a, b.t(), *scales), {})
+
+
+def launch(given: dict[str, Any], cut: Cut | None = None) -> Launch:
+    """What is planned, or a certain cut of it; the weight read early, as in a model."""
+    with mock.patch("fusionpass.ops.gemm.stream.configure", return_value=cut) if cut else mock.MagicMock():
+        made, reason = scaled_mm.plan(Arch.of(torch.device("cuda")), given)
+    if not isinstance(made, Launch):
+        raise ValueError(reason)
+    return made.reading_early()
+
+
+def check(given: dict[str, Any], got: torch.Tensor) -> None:
+    """Require `got` to be the product, to one rounding of bfloat16 and the order of a float32 sum.
+
+    Raises:
+        AssertionError: it is not.
+    """
+    a, b = given["a"].double(), given["b"].double()
+    scales = given["a_scale"].double() * given["b_scale"].double()
+    expected, terms = (a @ b) * scales, (a.abs() @ b.abs()) * scales
+    assert ((got.double() - expected).abs() <= 2.0**-8 * expected.abs() + a.shape[1] * 2.0**-24 * terms).all()
+
+
+def measure(rows: int, columns: int, k: int, scheme: str, search: list[Cut]) -> dict[str, Any]:
+    """Microseconds of each way to multiply such matrices, and the best cut where some are searched."""
+    size = torch.cuda.get_device_properties(0).L2_cache_size
+    sets = cold_sets(columns * k, size) or 1
+    given = [arguments(rows, columns, k, scheme) for _ in range(sets)]
+    source = [torch.empty(columns * k // 2, dtype=torch.uint8, device="cuda") for _ in range(2 * sets)]
+
+    def copied(i: int) -> None:
+        source[2 * i].copy_(source[2 * i + 1])
+
+    def timed(call: Callable[[int], Any]) -> float:
+        return statistics.median(time_calls(call, sets))
+
+    def of(cut: Cut | None) -> float:
+        made = [launch(one, cut) for one in given]
+        check(given[0], made[0].run()[0])
+        return timed(lambda i: made[i].run())
+
+    cell: dict[str, Any] = {"rows": rows, "columns": columns, "k": k, "scheme": scheme}
+    cell["copy"] = timed(copied)
+    cell["cublas"] = timed(lambda i: scaled_mm.reference(**given[i]))
+    cell["fusionpass"] = of(None)
+    found: list[tuple[float, Cut]] = []
+    failed: dict[str, str] = {}
+    for cut in search:
+        try:
+            found.append((of(cut), cut))
+        except Exception as error:  # a search goes on behind a cut that this device cannot run, and says so
+            failed[str(cut)] = f"{type(error).__name__}: {error}"[:200]
+    if found:
+        # Once more, so that the lucky one among many has to be lucky twice.
+        best = min((max(us, of(cut)), cut) for us, cut in sorted(found, key=lambda pair: pair[0])[:5])
+        cell |= {"best": best[0], "cut": vars(best[1]), "failed": failed}
+    return {name: round(v, 3) if isinstance(v, float) else v for name, v in cell.items()}
+
+
+def main() -> None:
+    """Parse the options, time every cell, write the JSON and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gemm", description=__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES], default=[*SHAPES])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32, 64])
+    parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=["fp8_token"])
+    parser.add_argument("--search", action="store_true", help="try every cut, too")
+    parser.add_argument("--out", type=Path, help="folder; default bench/results/<device>")
+    parser.add_argument("--commit", help="where the checkout cannot say it")
+    options = parser.parse_args()
+    require_gpu()
+    warm_up()
+    cells = []
+    for scheme, name, rows in itertools.product(options.scheme, options.shapes, options.rows):
+        for columns, k in SHAPES[name]:
+            cells.append(measure(rows, columns, k, scheme, cuts(rows, columns) if options.search else []))
+            torch.cuda.empty_cache()
+    out: Path = options.out or ROOT / "bench" / "results" / device_slug()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "gemm.json").write_text(json.dumps({**facts(options.commit), "cells": cells}, indent=1) + "\n")
+    Console().print(table(cells))
+
+
+def table(cells: list[dict[str, Any]]) -> Table:
+    """Microseconds of each way, and the shares of a copy's speed."""
+    made = Table("scheme", "rows", "N × K", "copy", "cuBLAS", "fusionpass", "% of copy", "best cut", "µs", "%")
+    for cell in cells:
+        share = [f"{100 * cell['copy'] / cell[way]:.1f}" if way in cell else "" for way in ("fusionpass", "best")]
+        cut = " ".join(f"{value}" for value in cell.get("cut", {}).values())
+        times = [f"{cell[way]:.2f}" if way in cell else "" for way in ("copy", "cublas", "fusionpass", "best")]
+        size = f"{cell['columns']} × {cell['k']}"
+        made.add_row(cell["scheme"], str(cell["rows"]), size, *times[:3], share[0], cut, times[3], share[1])
+    return made
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Matrix products of quantised operands."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ...errors import ArgumentError, nearest
+from ...op import Tolerance, op
+from ..rows import known, triton_backend
+
+__all__ = ["CODES", "OUTPUTS", "SUMMED", "is_single", "scaled_mm"]
+
+SUMMED = Tolerance(ulp=1, fraction=0.05, floor=2**-12)
+"""Of sums in another order that are rounded once. Hopper's FP8 units, which the reference uses there, keep 14 bits of
+what they add: off by 2**-14 of the largest at each of a few steps, which moves some results to the next 16-bit one."""
+
+OUTPUTS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""The dtypes of results by name."""
+
+CODES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.int8)
+"""The dtypes of operands."""
+
+_INT8_ROWS = 17
+"""What torch._int_mm wants at least on a GPU."""
+
+
+def _sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
+    a, b = (
+        torch.randn(rows, width, generator=generator, device=device).mul(64).to(torch.float8_e4m3fn)
+        for rows in (tokens, width)
+    )
+    a_scale, b_scale = (
+        torch.rand(rows, 1, generator=generator, device=device).add(0.5).div(64) for rows in (tokens, width)
+    )
+    name = str(dtype).removeprefix("torch.")
+    return {"a": a, "b": b.t(), "a_scale": a_scale, "b_scale": b_scale.t(), "out_dtype": name}
+
+
+@op(outputs=("product",), sample=_sample, tolerance={"product": SUMMED})
+def scaled_mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: str = "bfloat16",
+    fast_accum: bool = False,
+) -> torch.Tensor:
+    """The product of two matrices of codes, `(a @ b) * a_scale * b_scale + bias`.
+
+    Codes are multiplied and summed in float32 (int8: exactly, in int32), scaled there, and rounded once.
+
+    Args:
+        a: codes [M, K], e4m3fn, e4m3fnuz or int8, contiguous rows.
+        b: codes [K, N], `a.dtype`, column-major as `weight.t()` is.
+        a_scale: float32, one element, or one for each row, [M, 1].
+        b_scale: float32, one element, or one for each column, [1, N].
+        bias: [N], floating point.
+        out_dtype: "bfloat16", "float16" or "float32".
+        fast_accum: where no kernel fits, cuBLAS may sum FP8 products in fewer bits than float32 has.
+
+    Returns:
+        [M, N], contiguous.
+
+    Raises:
+        ArgumentError: shapes or dtypes do not fit.
+
+    Source: torch._scaled_mm and torch._int_mm, whose arithmetic this is.
+    """
+    _check(a, b, a_scale, b_scale, bias, out_dtype)
+    dtype = OUTPUTS[out_dtype]
+    if a.dtype == torch.int8:
+        rows = a.shape[0]
+        padded = F.pad(a, (0, 0, 0, _INT8_ROWS - rows)) if a.is_cuda and rows < _INT8_ROWS else a
+        return _finished(torch._int_mm(padded, b)[:rows].float(), a_scale, b_scale, bias, dtype)
+    inside = None if bias is None else bias.to(dtype)
+    # cuBLAS adds a bias to 16-bit results alone; CUDA scales rows for bfloat16 alone, the CPU not before torch 2.12.
+    if is_single(a_scale) and is_single(b_scale) and (bias is None or dtype != torch.float32):
+        single = a_scale.reshape(()), b_scale.reshape(())
+        return torch._scaled_mm(a, b, *single, bias=inside, out_dtype=dtype, use_fast_accum=fast_accum)
+    if a_scale.dim() == b_scale.dim() == 2 and a.is_cuda and dtype == torch.bfloat16:
+        each = a_scale.expand(a.shape[0], 1).contiguous(), b_scale.expand(1, b.shape[1]).contiguous()
+        return torch._scaled_mm(a, b, *each, bias=inside, out_dtype=dtype, use_fast_accum=fast_accum)
+    one = a_scale.new_ones(())
+    y = torch._scaled_mm(a, b, one, one, out_dtype=torch.float32, use_fast_accum=fast_accum)
+    return _finished(y, a_scale, b_scale, bias, dtype)
+
+
+def is_single(scale: torch.Tensor) -> bool:
+    """Whether a scale is one for the whole matrix, whatever sizes its symbols stand for."""
+    return all(known(size == 1) for size in scale.shape)
+
+
+def _finished(
+    y: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The float32 product of the codes, scaled and rounded."""
+    y = y * a_scale * b_scale
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def _check(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: str,
+) -> None:
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
+        raise ArgumentError(f"a is {tuple(a.shape)}, b {tuple(b.shape)}", "scaled_mm", "Pass [M, K] and [K, N]")
+    if a.dtype != b.dtype or a.dtype not in CODES:
+        raise ArgumentError(f"a is {a.dtype}, b {b.dtype}", "scaled_mm", "Pass codes of one 8-bit dtype")
+    for name, scale, wanted in (("a_scale", a_scale, (a.shape[0], 1)), ("b_scale", b_scale, (1, b.shape[1]))):
+        if scale.dtype != torch.float32 or not (is_single(scale) or tuple(scale.shape) == wanted):
+            raise ArgumentError(
+                f"{name} is {scale.dtype}, shape {tuple(scale.shape)}",
+                "scaled_mm",
+                f"Pass float32, one element or {list(wanted)}",
+            )
+    if bias is not None and (tuple(bias.shape) != (b.shape[1],) or not bias.is_floating_point()):
+        raise ArgumentError(f"bias is {bias.dtype}, shape {tuple(bias.shape)}", "scaled_mm", f"Pass [{b.shape[1]}]")
+    if out_dtype not in OUTPUTS:
+        raise ArgumentError(f"out_dtype is {out_dtype!r}", "scaled_mm", nearest(out_dtype, OUTPUTS))
+
+
+scaled_mm.backends.append(triton_backend(f"{__name__}.stream", "plan_scaled_mm"))

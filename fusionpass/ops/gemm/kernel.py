@@ -1,0 +1,145 @@
+"""Triton kernels of products with few rows, which are bound by reading the weights."""
+# Triton's own language has no annotations that mypy could check.
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _finish(y, a_scale, b_scale, bias, row, column, rows, columns, A_SCALES: tl.constexpr, B_SCALES: tl.constexpr):
+    """The sums `y` of codes, scaled, as float32. `row` and `column` broadcast to its shape."""
+    y = y.to(tl.float32)
+    y *= tl.load(a_scale + row, row < rows, other=0.0) if A_SCALES else tl.load(a_scale)
+    y *= tl.load(b_scale + column, column < columns, other=0.0) if B_SCALES else tl.load(b_scale)
+    if bias is not None:
+        y += tl.load(bias + column, column < columns, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _prefetch(address, bytes):
+    """Fetch into the L2 cache; multiples of 16."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+        "=r,l,r",
+        [address, bytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def stream_kernel(
+    a,
+    b,
+    a_scale,
+    b_scale,
+    bias,
+    out,
+    sums,
+    rows,
+    columns,
+    a_row,
+    b_column,
+    depths,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    A_SCALES: tl.constexpr,
+    B_SCALES: tl.constexpr,
+    PDL: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """COLUMNS columns of `b` against all rows of `a` a program, over a share of the `depths` where they are split.
+
+    EVEN: they are a multiple of DEPTH. ROWS is 1 (products one by one) or a size that `tl.dot` takes. With SPLITS > 1
+    the sums go to `sums`, [SPLITS, rows, columns], for `split_kernel`, else to `out`, [rows, columns].
+    EARLY fetches `b` before the wait: the preceding kernel must not have written it.
+    """
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    share = tl.cdiv(depths, SPLITS * DEPTH) * DEPTH
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, depths)
+    depth = tl.arange(0, DEPTH)
+    # The columns are rows of a weight: wider than 2**31 elements, all of them.
+    b_columns = b + column.to(tl.int64) * b_column
+    exact: tl.constexpr = b.dtype.element_ty == tl.int8
+    number: tl.constexpr = tl.int32 if exact else tl.float32
+    if EARLY:
+        _prefetch(tl.where(column < columns, b_columns + first, b), tl.where(column < columns, last - first, 16))
+    if PDL:
+        gdc_wait()
+    inside = column < columns
+    if ROWS == 1:
+        products = tl.zeros([COLUMNS, DEPTH], number)
+        for start in range(first, last, DEPTH):
+            k = start + depth
+            wanted = inside[:, None]
+            if not EVEN:
+                wanted &= (k < last)[None, :]
+            w = tl.load(b_columns[:, None] + k[None, :], wanted, other=0.0)
+            x = tl.load(a + k) if EVEN else tl.load(a + k, k < last, other=0.0)
+            products += w.to(number) * x.to(number)[None, :]
+        y = tl.sum(products, 1)
+        row, column_of, stored = 0, column, inside
+    else:
+        row = tl.arange(0, ROWS)
+        y = tl.zeros([COLUMNS, ROWS], number)
+        a_rows = a + row.to(tl.int64) * a_row
+        for start in range(first, last, DEPTH):
+            k = start + depth
+            wanted, read = inside[:, None], (row < rows)[None, :]
+            if not EVEN:
+                wanted &= (k < last)[None, :]
+                read &= (k < last)[:, None]
+            w = tl.load(b_columns[:, None] + k[None, :], wanted, other=0.0)
+            x = tl.load(a_rows[None, :] + k[:, None], read, other=0.0)
+            # Hopper's FP8 units sum in fewer bits than float32 unless each product is added outside of them.
+            y = tl.dot(w, x, y, max_num_imprecise_acc=0, out_dtype=number)
+        row, column_of = row[None, :], column[:, None]
+        stored = inside[:, None] & (row < rows)
+    place = row * columns + column_of
+    if SPLITS == 1:
+        y = _finish(y, a_scale, b_scale, bias, row, column_of, rows, columns, A_SCALES, B_SCALES)
+        if PDL:
+            gdc_launch_dependents()
+        tl.store(out + place, y.to(out.dtype.element_ty), stored)
+    else:
+        if PDL:
+            gdc_launch_dependents()
+        tl.store(sums + tl.program_id(1) * rows * columns + place, y, stored)
+
+
+@triton.jit
+def split_kernel(
+    sums,
+    a_scale,
+    b_scale,
+    bias,
+    out,
+    rows,
+    columns,
+    SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    A_SCALES: tl.constexpr,
+    B_SCALES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The sums of all splits, added in order: COLUMNS columns of one row a program."""
+    row = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < columns
+    if PDL:
+        gdc_wait()
+    y = tl.zeros([COLUMNS], sums.dtype.element_ty)
+    for split in tl.static_range(SPLITS):
+        y += tl.load(sums + (split * rows + row) * columns + column, inside, other=0.0)
+    y = _finish(y, a_scale, b_scale, bias, row, column, rows, columns, A_SCALES, B_SCALES)
+    if PDL:
+        gdc_launch_dependents()
+    tl.store(out + row * columns + column, y.to(out.dtype.element_ty), inside)

@@ -1,0 +1,154 @@
+"""The plan of products with few rows: what the kernels take, and how they are cut."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from ...arch import Arch
+from ...launch import Empty, Late, Launch
+from ..rows import known, static
+from . import OUTPUTS, is_single
+from .kernel import split_kernel, stream_kernel
+
+ROWS, SINGLE = 64, 32
+"""Rows at most, and where each matrix has one scale: with those cuBLAS was as fast at 64 rows on an H100; for scales of
+rows it takes large tiles whatever their number."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a product is cut.
+
+    Args:
+        columns: of `b`, a program.
+        depth: of K, a step.
+        splits: programs that share their columns.
+        warps: per program.
+        stages: steps in flight.
+    """
+
+    columns: int
+    depth: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 4
+
+
+def configure(arch: Arch, rows: int, columns: int, k: int) -> Cut:
+    """The cut for so many rows.
+
+    One row multiplies one by one, and each warp reads 1 KiB at once. More go through the matrix units, in tiles of
+    16 KiB of weights; four are in flight where there is shared memory for them.
+    """
+    if rows == 1:
+        return Cut(8, 512)
+    deep = arch.capability in (90, 100, 103)
+    return Cut(64 if deep else 32, 256 if deep else 128, stages=4 if deep else 2)
+
+
+def _refuse(
+    arch: Arch,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> str | None:
+    """Why the kernels cannot multiply these."""
+    for name, t in {"b": b, "a_scale": a_scale, "b_scale": b_scale, "bias": bias}.items():
+        if t is not None and t.device != a.device:
+            return f"{name} is on {t.device}, a on {a.device}"
+    if a.dtype == torch.float8_e4m3fn and not arch.has_fp8_e4m3fn:
+        return f"{arch.name} has no float8_e4m3fn"
+    if a.dtype == torch.float8_e4m3fnuz and arch.name != "gfx942":
+        return f"{arch.name} has no float8_e4m3fnuz"
+    k: Any = b.shape[0]
+    if not isinstance(k, int) or not isinstance(b.shape[1], int):
+        return "the size of the weight is symbolic"
+    if k == 0 or k % 16:
+        return f"K is {k}, not a multiple of 16"
+    if not known(a.stride(1) == 1) or not known(a.stride(0) % 16 == 0):
+        return f"a has strides {tuple(a.stride())}, not rows of 16 bytes each"
+    if not known(b.stride(0) == 1) or not known(b.stride(1) % 16 == 0):
+        return f"b has strides {tuple(b.stride())}, not columns of 16 bytes each"
+    for name, t in {"a_scale": a_scale, "b_scale": b_scale}.items():
+        if not is_single(t) and not t.is_contiguous():
+            return f"{name} has strides {tuple(t.stride())}"
+    if bias is not None and not known(bias.stride(0) == 1):
+        return f"bias has stride {bias.stride(0)}"
+    return None
+
+
+def plan_scaled_mm(
+    arch: Arch,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: str = "bfloat16",
+    fast_accum: bool = False,
+) -> Launch | Late | str:
+    """The launches that run `scaled_mm` where `a` has few rows, or why there are none."""
+    if reason := _refuse(arch, a, b, a_scale, b_scale, bias):
+        return reason
+    rows, (k, columns) = static(a.shape[0]), b.shape
+    single = is_single(a_scale) and is_single(b_scale) and a.dtype != torch.int8
+    most = SINGLE if single else ROWS
+    if rows is None:
+        return Late(f"up to {most} rows have a kernel, more go to cuBLAS")
+    if rows > most:
+        return f"{rows} rows are bound by their products (at most {most})"
+    cut = configure(arch, rows, columns, k)
+    split = cut.splits > 1
+    out = Empty((rows, columns), OUTPUTS[out_dtype])
+    number = torch.int32 if a.dtype == torch.int8 else torch.float32
+    sums = Empty((cut.splits, rows, columns), number) if split else None
+    shared = {
+        "a_scale": a_scale,
+        "b_scale": b_scale,
+        "bias": bias,
+        "rows": rows,
+        "columns": columns,
+        "A_SCALES": not is_single(a_scale),
+        "B_SCALES": not is_single(b_scale),
+        "PDL": arch.has_pdl,
+    }
+    product = Launch(
+        stream_kernel,
+        (triton.cdiv(columns, cut.columns), cut.splits),
+        {
+            **shared,
+            "a": a,
+            "b": b,
+            "out": None if split else out,
+            "sums": sums,
+            "a_row": a.stride(0),
+            "b_column": b.stride(1),
+            "depths": k,
+            "EVEN": k % cut.depth == 0,
+            "ROWS": 1 if rows == 1 else max(16, triton.next_power_of_2(rows)),
+            "COLUMNS": cut.columns,
+            "DEPTH": cut.depth,
+            "SPLITS": cut.splits,
+            "EARLY": False,
+        },
+        returns=() if split else ("out",),
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+        pdl=arch.has_pdl,
+        early=("b",) if arch.has_pdl else (),
+    )
+    if not split:
+        return product
+    block = 1024
+    return Launch(
+        split_kernel,
+        (triton.cdiv(columns, block), rows),
+        {**shared, "sums": sums, "out": out, "SPLITS": cut.splits, "COLUMNS": block},
+        returns=("out",),
+        pdl=arch.has_pdl,
+        before=(product,),
+    )

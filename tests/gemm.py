@@ -1,0 +1,84 @@
+"""What the tests of products share: arguments to draw, and the check against exact arithmetic."""
+
+from collections.abc import Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+from hypothesis import strategies as st
+
+from fusionpass.arch import Arch
+from fusionpass.launch import Launch
+from fusionpass.ops import scaled_mm
+from fusionpass.ops.gemm import OUTPUTS
+from fusionpass.ops.gemm.stream import SINGLE
+from tests.kernels import poisoned
+
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+
+
+def codes(rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator, device: str = "cpu") -> torch.Tensor:
+    if dtype == INT8:
+        return torch.randint(-128, 128, (rows, columns), generator=generator, device=device, dtype=INT8)
+    return torch.randn(rows, columns, generator=generator, device=device).mul(64).clamp(-448, 448).to(dtype)
+
+
+@st.composite
+def arguments_for_product(
+    draw: Any, device: str, rows: int, columns: int, k: int, dtypes: tuple[torch.dtype, ...] = (FP8, INT8)
+) -> dict[str, Any]:
+    """Of sizes up to those given; the rows and columns may be wider than K, what lies between them is poison."""
+    m, n = draw(st.integers(1, rows)), draw(st.integers(1, columns))
+    k = 16 * draw(st.integers(1, k // 16))
+    dtype = draw(st.sampled_from(dtypes))
+    generator = torch.Generator(device).manual_seed(draw(st.integers(0, 2**31)))
+
+    def operand(size: int) -> torch.Tensor:
+        wide = codes(size, k + 16 * draw(st.integers(0, 2)), dtype, generator, device)
+        wide.view(torch.uint8)[:, k:] = 0x7F
+        return wide[:, :k]
+
+    def scale(*shape: int) -> torch.Tensor:
+        # With one scale for each matrix, more than a few rows are not the kernel's.
+        shapes = [shape] if m > SINGLE else [(), shape]
+        return torch.rand(draw(st.sampled_from(shapes)), generator=generator, device=device).add(0.5).div(64)
+
+    bias = torch.randn(n, generator=generator, device=device).to(draw(st.sampled_from([*OUTPUTS.values()])))
+    return {
+        "a": operand(m),
+        "b": operand(n).t(),
+        "a_scale": scale(m, 1),
+        "b_scale": scale(1, n),
+        "bias": draw(st.sampled_from([None, bias])),
+        "out_dtype": draw(st.sampled_from([*OUTPUTS])),
+        "fast_accum": False,
+    }
+
+
+def exact(arguments: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The product in float64, and by how much the order of a float32 sum may change it."""
+    a, b, *scales = (arguments[name].double() for name in ("a", "b", "a_scale", "b_scale"))
+    k = a.shape[1]
+    result, terms = (x @ y * scales[0] * scales[1] for x, y in ((a, b), (a.abs(), b.abs())))
+    sums = 0 if arguments["a"].dtype == INT8 else k
+    if arguments["bias"] is not None:
+        result = result + arguments["bias"].double()
+        terms = terms + arguments["bias"].double().abs()
+    # A rounding at each addition, two for the scales, and one for the bias.
+    return result, (sums + 4) * 2.0**-24 * terms
+
+
+def check_product(arch: Arch, arguments: Mapping[str, Any], cut: Any = None, early: bool = False) -> torch.Tensor:
+    """Run the kernels: within the roundings of float32 arithmetic, and one to the output's dtype, of what is exact."""
+    with mock.patch("fusionpass.ops.gemm.stream.configure", return_value=cut) if cut else mock.MagicMock():
+        launch, reason = scaled_mm.plan(arch, arguments)
+    assert isinstance(launch, Launch), reason
+    with poisoned():
+        (got,) = (launch.reading_early() if early else launch).run()
+    expected, slack = exact(arguments)
+    assert (got.shape, got.dtype, got.is_contiguous()) == (expected.shape, OUTPUTS[arguments["out_dtype"]], True)
+    finest = torch.finfo(got.dtype)
+    step = torch.maximum(expected.abs() * finest.eps, torch.tensor(finest.smallest_normal * finest.eps)) / 2
+    wrong = (got.double() - expected).abs() > slack * (1 + finest.eps) + step
+    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()}, the first at {wrong.nonzero()[0].tolist()}"
+    return got

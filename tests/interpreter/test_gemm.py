@@ -1,0 +1,76 @@
+"""The products' kernels through Triton's interpreter."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fusionpass.arch import Arch
+from fusionpass.ops.gemm.stream import Cut
+from tests.gemm import FP8, INT8, arguments_for_product, check_product, codes
+
+# No programmatic dependent launch in these: the interpreter has no grids to wait for.
+ARCH = Arch("sm_89")
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_drawn_arguments(data: st.DataObject) -> None:
+    arguments = data.draw(arguments_for_product("cpu", 40, 80, 320))
+    cuts = st.builds(Cut, st.sampled_from([16, 32]), st.sampled_from([32, 64, 128]), st.sampled_from([1, 1, 2, 3, 20]))
+    check_product(ARCH, arguments, data.draw(cuts))
+
+
+@pytest.mark.parametrize("dtype", [FP8, INT8], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64])
+def test_as_planned(dtype: torch.dtype, rows: int) -> None:
+    check_product(ARCH, given_codes(rows, 48, 272, dtype))
+
+
+def test_int8_sums_that_float32_cannot_hold() -> None:
+    """1100 products of 127 * 127 and one of 1."""
+    arguments = given_codes(1, 16, 1104, INT8, out_dtype="float32")
+    arguments["a"].fill_(127)
+    arguments["b"].fill_(127)
+    arguments["a"][0, 1101:] = 0
+    arguments["a"][0, 1100] = 1
+    arguments["b"][1100] = 1
+    arguments |= {name: torch.ones(()) for name in ("a_scale", "b_scale")}
+    for cut in (Cut(16, 64), Cut(16, 64, splits=3)):
+        got = check_product(ARCH, arguments, cut)
+        assert got.double().sub(1100 * 127 * 127 + 1).abs().max() <= 1
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_not_finite_stays_in_its_row(special: float, rows: int) -> None:
+    arguments = given_codes(rows, 20, 64, FP8)
+    arguments["a_scale"] = torch.ones(rows, 1)
+    arguments["a_scale"][-1] = special
+    finite = check_finite(arguments)
+    assert finite[:-1].all()
+    assert not finite[-1].any()
+
+
+def check_finite(arguments: dict[str, Any]) -> torch.Tensor:
+    from fusionpass.ops import scaled_mm
+
+    launch, reason = scaled_mm.plan(ARCH, arguments)
+    assert launch is not None, reason
+    return launch.run()[0].isfinite()
+
+
+def given_codes(rows: int, columns: int, k: int, dtype: torch.dtype, **changes: Any) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "a": codes(rows, k, dtype, generator),
+        "b": codes(columns, k, dtype, generator).t(),
+        "a_scale": torch.rand(rows, 1, generator=generator).add(0.5),
+        "b_scale": torch.rand(1, columns, generator=generator).add(0.5),
+        "bias": None,
+        "out_dtype": "bfloat16",
+        "fast_accum": False,
+        **changes,
+    }

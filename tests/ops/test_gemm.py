@@ -1,0 +1,147 @@
+"""scaled_mm: its reference against exact arithmetic, and what its plan takes."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from fusionpass.arch import Arch
+from fusionpass.errors import ArgumentError
+from fusionpass.launch import Late, Launch
+from fusionpass.ops import scaled_mm
+from tests.gemm import FP8, INT8, arguments_for_product, codes, exact
+
+pytest.importorskip("triton")
+
+H100 = Arch("sm_90")
+
+
+def arguments(
+    rows: int = 8, columns: int = 48, k: int = 64, dtype: torch.dtype = FP8, **changes: Any
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    made = {
+        "a": codes(rows, k, dtype, generator),
+        "b": codes(columns, k, dtype, generator).t(),
+        "a_scale": torch.rand(rows, 1, generator=generator).add(0.5),
+        "b_scale": torch.rand(1, columns, generator=generator).add(0.5),
+    }
+    return scaled_mm.bind((), {**made, **changes})
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_the_reference_is_the_product(data: st.DataObject) -> None:
+    given = data.draw(arguments_for_product("cpu", 40, 80, 320))
+    expected, slack = exact(given)
+    got = scaled_mm.reference(**given)
+    eps = torch.finfo(got.dtype).eps
+    # What PyTorch's CPU product rounds in between is its own: one step of 16 bits more.
+    assert (got.double() - expected).abs().le(slack + 1.5 * eps * expected.abs() + 2.0**-24).all()
+    assert got.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"a": torch.zeros(8, 64)}, "a is torch.float32, b torch.float8_e4m3fn"),
+        ({"a": torch.zeros(8, 48, dtype=FP8)}, r"a is \(8, 48\), b \(64, 48\)"),
+        ({"a": torch.zeros(2, 4, 64, dtype=FP8)}, r"a is \(2, 4, 64\)"),
+        ({"a_scale": torch.ones(8)}, r"a_scale is torch.float32, shape \(8,\)"),
+        ({"b_scale": torch.ones(48, 1)}, r"b_scale is torch.float32, shape \(48, 1\)"),
+        ({"b_scale": torch.ones((), dtype=torch.float64)}, "b_scale is torch.float64"),
+        ({"bias": torch.ones(8)}, r"bias is torch.float32, shape \(8,\)"),
+        ({"bias": torch.ones(48, dtype=torch.int32)}, "bias is torch.int32"),
+        ({"out_dtype": "float23"}, "out_dtype is 'float23'"),
+    ],
+)
+def test_what_does_not_fit_is_an_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        scaled_mm(**arguments(**changes))
+
+
+def reason(arch: str = "sm_90", **changes: Any) -> str:
+    launch, why = scaled_mm.plan(Arch(arch), arguments(**changes))
+    assert launch is None
+    return why
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"rows": 65}, "65 rows are bound by their products (at most 64)"),
+        (
+            {"rows": 33, "a_scale": torch.ones(()), "b_scale": torch.ones(1, 1)},
+            "33 rows are bound by their products (at most 32)",
+        ),
+        ({"arch": "sm_80"}, "sm_80 has no float8_e4m3fn"),
+        ({"dtype": torch.float8_e4m3fnuz}, "sm_90 has no float8_e4m3fnuz"),
+        ({"k": 24}, "K is 24, not a multiple of 16"),
+        ({"k": 0}, "K is 0, not a multiple of 16"),
+        ({"a": torch.zeros(8, 72, dtype=FP8)[:, :64]}, "a has strides (72, 1), not rows of 16 bytes each"),
+        ({"a": torch.zeros(64, 8, dtype=FP8).t()}, "a has strides (1, 8), not rows of 16 bytes each"),
+        ({"a": torch.zeros(8, 128, dtype=FP8)[:, ::2]}, "a has strides (128, 2), not rows of 16 bytes each"),
+        ({"b": torch.zeros(48, 128, dtype=FP8)[:, ::2].t()}, "b has strides (2, 128), not columns of 16 bytes each"),
+        ({"b": torch.zeros(64, 48, dtype=FP8)}, "b has strides (48, 1), not columns of 16 bytes each"),
+        ({"b": torch.zeros(48, 72, dtype=FP8)[:, :64].t()}, "b has strides (1, 72), not columns of 16 bytes each"),
+        ({"a_scale": torch.ones(8, 2)[:, :1]}, "a_scale has strides (2, 1)"),
+        ({"b_scale": torch.ones(1, 96)[:, ::2]}, "b_scale has strides (96, 2)"),
+        ({"bias": torch.ones(96)[::2]}, "bias has stride 2"),
+        ({"bias": torch.ones(48, device="meta")}, "bias is on meta, a on cpu"),
+    ],
+)
+def test_what_the_kernel_refuses(changes: dict[str, Any], why: str) -> None:
+    assert reason(**changes) == f"triton: {why}"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"dtype": INT8, "arch": "sm_80"}, {"dtype": torch.float8_e4m3fnuz, "arch": "gfx942"}]
+)
+def test_other_codes(changes: dict[str, Any]) -> None:
+    arch = changes.pop("arch")
+    assert isinstance(scaled_mm.plan(Arch(arch), arguments(**changes))[0], Launch)
+
+
+def test_int8_with_single_scales_has_the_kernel_up_to_64_rows() -> None:
+    """PyTorch has no fused product of these to lose against."""
+    singles = {"a_scale": torch.ones(()), "b_scale": torch.ones(())}
+    assert isinstance(scaled_mm.plan(H100, arguments(64, dtype=INT8, **singles))[0], Launch)
+
+
+def test_symbolic_sizes() -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    made = arguments()
+    with mode:
+        tensors = {name: v for name, v in made.items() if isinstance(v, torch.Tensor)}
+        fake = made | {name: mode.from_tensor(v, static_shapes=True) for name, v in tensors.items()}
+    several = mode.shape_env.create_unbacked_symint()
+    with mode:
+        a = torch.empty(several, 64, dtype=FP8)
+        planned, late = scaled_mm.plan(H100, {**fake, "a": a, "a_scale": torch.empty(several, 1)})
+        wide = torch.empty(several, 64, dtype=FP8).t()
+        deep = torch.empty_strided((several, 48), (1, 64), dtype=FP8)
+        refused = [
+            scaled_mm.plan(H100, {**fake, "b": wide, "b_scale": torch.empty(1, several)}),
+            scaled_mm.plan(H100, {**fake, "b": deep}),
+        ]
+    assert planned == Late("up to 64 rows have a kernel, more go to cuBLAS"), late
+    assert refused == [(None, "triton: the size of the weight is symbolic")] * 2
+
+
+def test_a_split_is_two_launches_that_read_the_weight_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusionpass.ops.gemm import stream
+
+    whole, _ = scaled_mm.plan(H100, arguments())
+    assert isinstance(whole, Launch)
+    assert whole.all == (whole,)
+    monkeypatch.setattr(stream, "configure", lambda *_: stream.Cut(16, 32, splits=2))
+    launch, _ = scaled_mm.plan(H100, arguments())
+    assert isinstance(launch, Launch)
+    (product,) = launch.before
+    assert product.args["sums"] is launch.args["sums"]
+    assert launch.early == ()
+    assert [part.args.get("EARLY") for part in launch.reading_early().all] == [True, None]

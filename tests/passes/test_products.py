@@ -1,0 +1,100 @@
+"""products: PyTorch's calls become the op where that is the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fusionpass.op import OPS
+from fusionpass.passes import products as pass_
+from fusionpass.passes.products import products
+
+FP8 = torch.float8_e4m3fn
+A, B = torch.ones(8, 64).to(FP8), torch.ones(48, 64).to(FP8).t()
+ROWS, COLUMNS, ONE = torch.ones(8, 1), torch.ones(1, 48), torch.ones(())
+TWO = torch.full((), 2.0)
+BIAS = torch.ones(48).bfloat16()
+HALF = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pass_, "DEVICES", ("cpu",))
+
+
+def after(model: Callable[..., Any], *args: torch.Tensor, **options: Any) -> tuple[Graph, list[dict[str, Any]]]:
+    graph = make_fx(model, tracing_mode="fake")(*args).graph
+    products(graph, **options)
+    graph.lint()
+    found = [(OPS[node.target], node) for node in graph.nodes if node.target in OPS]
+    return graph, [op.bind(node.args, node.kwargs) for op, node in found]
+
+
+def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+    made: torch.Tensor = torch._scaled_mm(*args, **kwargs)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("scales", "bias", "options", "expected"),
+    [
+        ((ONE, TWO), None, {"out_dtype": HALF}, {"out_dtype": "bfloat16", "fast_accum": False}),
+        ((ONE, TWO), BIAS, {"out_dtype": HALF, "use_fast_accum": True}, {"fast_accum": True}),
+        ((ROWS, COLUMNS), None, {"out_dtype": torch.float32}, {"out_dtype": "float32"}),
+        ((ROWS, COLUMNS), BIAS, {"out_dtype": HALF}, {"out_dtype": "bfloat16"}),
+    ],
+)
+def test_scaled_mm(scales: Any, bias: Any, options: dict[str, Any], expected: dict[str, Any]) -> None:
+    def model(a: Any, b: Any, a_scale: Any, b_scale: Any, *bias: Any) -> torch.Tensor:
+        return call(a, b, a_scale, b_scale, *bias, **options)
+
+    args = [A, B, *scales, *([] if bias is None else [bias])]
+    graph, (found,) = after(model, *args)
+    placeholders = graph.find_nodes(op="placeholder")
+    assert [found[name] for name in ("a", "b", "a_scale", "b_scale", "bias")][: len(args)] == placeholders
+    assert {name: found[name] for name in expected} == expected
+    assert "_scaled_mm" not in str(graph).replace("fusionpass.scaled_mm", "")
+    assert not after(model, *args, disable=frozenset({"scaled_mm"}))[1]
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "scaled_mm"), reason="before torch 2.10")
+@pytest.mark.parametrize("scales", [(ONE, TWO), (ROWS, COLUMNS)])
+def test_the_public_function(scales: Any) -> None:
+    from torch.nn.functional import ScalingType, scaled_mm
+
+    kind = ScalingType.RowWise if scales[0].dim() else ScalingType.TensorWise
+
+    def model(a: Any, b: Any, a_scale: Any, b_scale: Any) -> torch.Tensor:
+        return scaled_mm(a, b, [a_scale], [kind], [b_scale], [kind], output_dtype=HALF)
+
+    graph, (found,) = after(model, A, B, *scales)
+    assert [found[name] for name in ("a", "b", "a_scale", "b_scale")] == graph.find_nodes(op="placeholder")
+
+
+@pytest.mark.parametrize(
+    ("scale", "result", "dtype"),
+    [
+        (ONE, None, FP8),
+        (torch.ones(8, 2, dtype=torch.float8_e8m0fnu), None, HALF),
+        (torch.ones(8), None, HALF),
+        (ONE, ONE, HALF),
+    ],
+    ids=["result", "groups", "shape", "scaled result"],
+)
+def test_what_means_something_else_stays(scale: Any, result: Any, dtype: torch.dtype) -> None:
+    graph = Graph()
+    given = {"a": A, "b": B, "scale": scale, "result": result}
+    with FakeTensorMode() as mode:
+        nodes = {name: graph.placeholder(name) for name, value in given.items() if value is not None}
+        for name, node in nodes.items():
+            node.meta["val"] = mode.from_tensor(given[name])
+        scales = (nodes["scale"], nodes["scale"], None, nodes.get("result"), dtype)
+        made = graph.call_function(torch.ops.aten._scaled_mm.default, (nodes["a"], nodes["b"], *scales))
+        made.meta["val"] = torch.empty(8, 48, dtype=dtype)
+    graph.output(made)
+    products(graph)
+    assert not [node for node in graph.nodes if node.target in OPS]
