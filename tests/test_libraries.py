@@ -12,9 +12,22 @@ import fusionpass
 from fusionpass import Config
 from fusionpass.graphs import aten
 from fusionpass.op import OPS
+from fusionpass.ops import scaled_mm
 from fusionpass.pipeline import early, late, run
 from fusionpass.report.trace import GraphTrace
-from tests.libraries import RECOGNISED, VARIANTS, WIDTH, Gated, Normed, Variant, operands, random_inputs, same, trace
+from tests.libraries import (
+    RECOGNISED,
+    VARIANTS,
+    WIDTH,
+    Gated,
+    Normed,
+    Trace,
+    Variant,
+    operands,
+    random_inputs,
+    same,
+    trace,
+)
 from tests.models import LlamaNorm
 
 SWAPPED = {
@@ -47,6 +60,11 @@ def check_numbers(before: GraphModule, after: GraphModule, special: float | None
     return [all(equal) for equal in zip(*pairs, strict=True)]
 
 
+def quantised(found: Trace) -> list[tuple[str, str]]:
+    """The ops and their schemes, but for the products behind them."""
+    return [(record.op, record.scheme) for record in found.report.fused if record.op != "scaled_mm"]
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("shape", [(6,), (1,), (128,)], ids=str)
 def test_alone(name: str, shape: tuple[int, ...]) -> None:
@@ -54,14 +72,25 @@ def test_alone(name: str, shape: tuple[int, ...]) -> None:
     found = trace(variant, variant.linear(), rows(*shape))
     # The only row's scale is the tensor's.
     scheme = VARIANTS["torchao_row" if name == "torchao_tensor" and shape == (1,) else name].scheme
-    assert [(r.op, r.scheme) for r in found.report.fused] == ([("quantize", scheme)] if scheme else [])
+    assert quantised(found) == ([("quantize", scheme)] if scheme else [])
     assert all(check_numbers(found.before, found.after))
+
+
+SCALED = {"torchao_row", "torchao_tensor", "torchao_static", "compressed_tensors", "diffusers"}
+"""The variants whose products have one scale for a matrix, or one for each row and column."""
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_product_is_the_op(name: str) -> None:
+    found = trace(VARIANTS[name], VARIANTS[name].linear(), rows(6))
+    products = [record.backend for record in found.report.fused if record.op == "scaled_mm"]
+    assert products == (["triton"] if name in SCALED else [])
 
 
 @every
 def test_behind_a_norm(variant: Variant) -> None:
     found = trace(variant, Normed(variant.linear()), rows(6))
-    fused = [(r.op, r.scheme) for r in found.report.fused]
+    fused = quantised(found)
     if variant.scheme and variant.folds:
         assert fused == [("rms_norm_quantize", variant.scheme)]
         assert not found.report.refused
@@ -74,7 +103,7 @@ def test_behind_a_norm(variant: Variant) -> None:
 @every
 def test_behind_a_gated_activation(variant: Variant) -> None:
     found = trace(variant, Gated(variant.linear()), rows(6), rows(6))
-    fused = [(r.op, r.scheme) for r in found.report.fused]
+    fused = quantised(found)
     if variant.scheme and variant.folds:
         assert fused == [("silu_mul_quantize", variant.scheme)]
     else:
@@ -88,7 +117,7 @@ def test_tokens_in_two_dimensions(name: str) -> None:
     variant = VARIANTS[name]
     found = trace(variant, Normed(variant.linear()), rows(2, 3))
     assert [r.scheme for r in found.report.fused if "quantize" in r.op] == [variant.scheme]
-    assert len(found.report.fused) == (1 if variant.folds else 2)
+    assert len(quantised(found)) == (1 if variant.folds else 2)
     assert all(check_numbers(found.before, found.after))
 
 
@@ -107,7 +136,7 @@ def test_swizzled_scales_of_a_width_that_needs_padding(name: str, tokens: int) -
     variant = VARIANTS[name]
     model = Normed(variant.linear(96), width=96)
     found = trace(variant, model, torch.zeros(tokens, 96, dtype=torch.bfloat16))
-    assert [(r.op, r.scheme) for r in found.report.fused] == [("rms_norm_quantize", variant.scheme)]
+    assert quantised(found) == [("rms_norm_quantize", variant.scheme)]
     assert all(check_numbers(found.before, found.after))
 
 
@@ -177,7 +206,8 @@ def passed(module: GraphModule, graph: Graph) -> list[str]:
     config, report = Config(), GraphTrace(0)
     passes = [*early(config, report), *late(config, report)]
     run([step for step in passes if step[0] != "lower"], graph, config, report, keep=False)
-    return [str(op.bind(n.args, n.kwargs)["scheme"]) for n in graph.nodes if (op := OPS.get(n.target)) is not None]
+    ops = [(op.bind(n.args, n.kwargs), op) for n in graph.nodes if (op := OPS.get(n.target)) is not None]
+    return [str(given["scheme"]) for given, op in ops if op is not scaled_mm]
 
 
 def perturbed(graph: Graph, name: str) -> Iterator[Graph]:

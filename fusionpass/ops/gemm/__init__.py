@@ -77,8 +77,7 @@ def scaled_mm(
     inside = None if bias is None else bias.to(dtype)
     # cuBLAS adds a bias to 16-bit results alone; CUDA scales rows for bfloat16 alone, the CPU not before torch 2.12.
     if is_single(a_scale) and is_single(b_scale) and (bias is None or dtype != torch.float32):
-        single = a_scale.reshape(()), b_scale.reshape(())
-        return torch._scaled_mm(a, b, *single, bias=inside, out_dtype=dtype, use_fast_accum=fast_accum)
+        return torch._scaled_mm(a, b, a_scale, b_scale, bias=inside, out_dtype=dtype, use_fast_accum=fast_accum)
     if a_scale.dim() == b_scale.dim() == 2 and a.is_cuda and dtype == torch.bfloat16:
         each = a_scale.expand(a.shape[0], 1).contiguous(), b_scale.expand(1, b.shape[1]).contiguous()
         return torch._scaled_mm(a, b, *each, bias=inside, out_dtype=dtype, use_fast_accum=fast_accum)
