@@ -5,6 +5,7 @@ import copy
 import difflib
 import gc
 import importlib.metadata
+import itertools
 import logging
 import multiprocessing
 import os
@@ -234,6 +235,23 @@ def _reasons(of_kind: Sequence[Outcome], schemes: Sequence[str]) -> list[str]:
     return lines
 
 
+def stale(page: str, made: Sequence[Outcome]) -> list[str]:
+    """What `page` has otherwise: the cells of these outcomes, and the reasons."""
+    found = []
+    sections = {part.partition("\n")[0]: part.splitlines() for part in page.split("\n## ")}
+    for kind, (title, _) in SECTIONS.items():
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in sections.get(title, ()) if line[:1] == "|"]
+        header, by_name = (rows or [[]])[0], {row[0]: row for row in rows}
+        for family, scheme in dict.fromkeys((o.family, o.scheme) for o in made):
+            these = [o for o in made if (o.family, o.scheme, o.site.kind) == (family, scheme, kind)]
+            now = f"{sum(o.fused for o in these)}/{len(these)}" if these else "–"
+            before = by_name[family][header.index(scheme)] if family in by_name else "–"
+            found += [f"{title}, {family}, {scheme}: {before}, now {now}"] if before != now else []
+            reasons = {reason.replace("|", "¦") for o in these for reason in o.reasons}
+            found += [f"{title}, {family}, {scheme}: now {reason}" for reason in sorted(reasons - by_name.keys())]
+    return found
+
+
 def _prepare() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -248,13 +266,12 @@ def _work(job: tuple[Family, tuple[str, ...]]) -> list[Outcome]:
     return outcomes(*job)
 
 
-def measure(families: Sequence[Family], schemes: Sequence[str]) -> list[Outcome]:
-    """The outcomes of all, in the order of the arguments."""
-    jobs = [(family, tuple(schemes)) for family in families]
+def measure(jobs: Sequence[tuple[Family, tuple[str, ...]]]) -> list[Outcome]:
+    """The outcomes of families under schemes, in the order of the arguments."""
     processes = min(len(os.sched_getaffinity(0)), len(jobs))
     made: list[Outcome] = []
     with multiprocessing.get_context("spawn").Pool(processes, _prepare) as pool:
-        for family, found in zip(families, pool.imap(_work, jobs), strict=True):
+        for (family, _), found in zip(jobs, pool.imap(_work, jobs), strict=True):
             print(family.name, file=sys.stderr)
             made += found
     return made
@@ -264,6 +281,7 @@ def main() -> int:
     """Write the page, or compare it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit 1 with a diff where the page is stale")
+    parser.add_argument("--sample", action="store_true", help="with --check: each family under one scheme, in turn")
     parser.add_argument("--family", action="append", help="only print this family")
     parser.add_argument("--scheme", action="append", choices=list(SCHEMES), help="only print this scheme")
     options = parser.parse_args()
@@ -275,7 +293,11 @@ def main() -> int:
         print(f"skipped: {PATH.name} was made with other versions than {versions()}")
         return 0
     chosen = [family for family in FAMILIES if family.name in names]
-    page = document(measure(chosen, options.scheme or list(SCHEMES)))
+    if options.check and options.sample:
+        wrong = stale(before, measure(list(zip(chosen, itertools.cycle((name,) for name in SCHEMES)))))
+        print("\n".join(wrong) or f"{PATH.name} is as it should be, where looked at")
+        return int(bool(wrong))
+    page = document(measure([(family, tuple(options.scheme or SCHEMES)) for family in chosen]))
     if options.family or options.scheme:
         print(page)
     elif options.check:

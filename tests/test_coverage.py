@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fusionpass
-from bench.coverage import TARGET, Outcome, document, judge, outcomes, stand_ins, unknown
+from bench.coverage import TARGET, Outcome, document, judge, outcomes, stale, stand_ins, unknown
 from bench.sites import Site, sites
 from fusionpass import Config, Record, Report
 from fusionpass.quantize import QuantizedLinear
@@ -269,8 +269,23 @@ def test_the_totals():
 @pytest.mark.timeout(1800)
 def test_the_page_is_not_stale():
     root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "bench.coverage", "--check"]
+    command = [sys.executable, "-m", "bench.coverage", "--check", "--sample"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.stdout.startswith("skipped"):
         pytest.skip(done.stdout)
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-4000:]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("diffusers"), reason="diffusers is not installed")
+def test_what_is_stale_is_named():
+    def of(family: str, scheme: str, *reasons: str) -> Outcome:
+        return Outcome(family, scheme, NORM, not reasons, reasons)
+
+    page = document([of("A", "s"), of("A", "t"), of("B", "s"), of("B", "t", "why | not")])
+    assert not stale(page, [of("A", "s"), of("B", "t", "why | not")])
+    where = "Norms that feed a quantised linear"
+    assert stale(page, [of("A", "t"), of("A", "t")]) == [f"{where}, A, t: 1/1, now 2/2"]
+    assert stale(page, [of("B", "t", "other")]) == [f"{where}, B, t: now other"]
+    assert stale(page, [of("C", "s")]) == [f"{where}, C, s: –, now 1/1"]
+    other = Outcome("A", "s", Site("sum", "", "", frozenset(), ()), True, ())
+    assert stale(page, [other]) == [f"{where}, A, s: 1/1, now –", "Norms with arithmetic behind them, A, s: –, now 1/1"]
