@@ -21,6 +21,7 @@ from fusionpass.launch import Launch
 from fusionpass.ops import scaled_mm
 from fusionpass.ops.gemm.stream import Cut
 
+from .implementations import launch_call
 from .machine import ROOT, device_slug, facts, require_gpu
 from .timing import cold_sets, time_calls, warm_up
 
@@ -90,9 +91,9 @@ def measure(rows: int, columns: int, k: int, scheme: str, search: list[Cut]) -> 
         return statistics.median(time_calls(call, sets))
 
     def of(cut: Cut | None) -> float:
-        made = [launch(one, cut) for one in given]
-        check(given[0], made[0].run()[0])
-        return timed(lambda i: made[i].run())
+        call = launch_call([launch(one, cut) for one in given])
+        check(given[0], call(0)[0])
+        return timed(call)
 
     cell: dict[str, Any] = {"rows": rows, "columns": columns, "k": k, "scheme": scheme}
     cell["copy"] = timed(copied)

@@ -24,17 +24,27 @@ def plan(op: Op, arguments: Arguments, arch: Arch) -> Launch | None:
 
 
 def launch_call(launches: list[Launch]) -> Call:
-    """Calls of planned launches, into outputs allocated once and filled with garbage."""
-    made = [
-        {name: _poison(v, launch.device) if isinstance(v, Empty) else v for name, v in launch.args.items()}
-        for launch in launches
-    ]
+    """Calls of planned launches, into outputs allocated once and filled with garbage; what they mutate, in place."""
+    made = [bound(launch) for launch in launches]
 
     def call(i: int) -> list[torch.Tensor]:
-        launches[i].kernel[launches[i].grid](**made[i], **launches[i].options())
-        return [made[i][name] for name in launches[i].returns]
+        for part, arguments in made[i]:
+            part.kernel[part.grid](**arguments, **part.options())
+        return [arguments[name] for name in launches[i].returns]
 
     return call
+
+
+def bound(launch: Launch) -> list[tuple[Launch, dict[str, Any]]]:
+    """The launches in order, each with its arguments."""
+    buffers: dict[int, torch.Tensor] = {}
+    bound = []
+    for part in launch.all:
+        for value in part.args.values():
+            if isinstance(value, Empty) and id(value) not in buffers:
+                buffers[id(value)] = _poison(value, part.device)
+        bound.append((part, {name: buffers.get(id(value), value) for name, value in part.args.items()}))
+    return bound
 
 
 def _poison(empty: Empty, device: torch.device) -> torch.Tensor:
@@ -48,8 +58,9 @@ def fusionpass(op: Op, sets: list[Arguments], arch: Arch) -> Call | None:
     return None if None in launches else launch_call([launch for launch in launches if launch is not None])
 
 
-def eager(op: Op, sets: list[Arguments], arch: Arch) -> Call:
-    return lambda i: _listed(op, op.reference(**sets[i]))
+def eager(op: Op, sets: list[Arguments], arch: Arch) -> Call | None:
+    # A whole cache copied for a few new rows is nobody's way to do it.
+    return None if caches(sets[0]) else lambda i: _listed(op, op.reference(**sets[i]))
 
 
 def inductor(op: Op, sets: list[Arguments], arch: Arch, pdl: bool = False) -> Call:
@@ -58,12 +69,15 @@ def inductor(op: Op, sets: list[Arguments], arch: Arch, pdl: bool = False) -> Ca
     names = [name for name, value in sets[0].items() if isinstance(value, torch.Tensor)]
 
     def reference(*tensors: torch.Tensor) -> Any:
-        return op.reference(**{**sets[0], **dict(zip(names, tensors, strict=True))})
+        given = {**sets[0], **dict(zip(names, tensors, strict=True))}
+        results = dict(zip(op.outputs(given), _listed(op, op.reference(**given)), strict=True))
+        # As models do: the new value is copied back, and Inductor then writes in place.
+        return [given[name].copy_(y) if name in caches(given) else y for name, y in results.items()]
 
     # As operators: the references of derived ops bind their arguments by name, which Dynamo need not understand.
     traced = make_fx(reference)(*(sets[0][name] for name in names))
     compiled = torch.compile(traced, fullgraph=True, dynamic=False, options=options)
-    return lambda i: _listed(op, compiled(*(sets[i][name] for name in names)))
+    return lambda i: compiled(*(sets[i][name] for name in names))
 
 
 def copy(op: Op, sets: list[Arguments], arch: Arch) -> Call:
@@ -84,10 +98,20 @@ IMPLEMENTATIONS: dict[str, Callable[[Op, list[Arguments], Arch], Call | None]] =
 }
 
 
+def caches(arguments: Arguments) -> set[str]:
+    """The arguments that the op writes some rows of."""
+    return {name for name in arguments if name.endswith("cache") and arguments[name] is not None}
+
+
 def bytes_moved(op: Op, arguments: Arguments) -> int:
-    """Each input read once and each output written once."""
-    outputs = _listed(op, op.reference(**{k: _meta(v) for k, v in arguments.items()}))
-    tensors = [v for v in (*arguments.values(), *outputs) if isinstance(v, torch.Tensor)]
+    """Each input read once and each output written once; of a cache, the rows that are new."""
+    written = caches(arguments)
+    meta = {k: _meta(v) for k, v in arguments.items()}
+    outputs = dict(zip(op.outputs(meta), _listed(op, op.reference(**meta)), strict=True))
+    # What is written to "k_cache" is as large as "k".
+    outputs |= {name: arguments[name.removesuffix("cache").removesuffix("_") or "x"] for name in written}
+    inputs = {name: v for name, v in arguments.items() if name not in written}
+    tensors = [v for v in (*inputs.values(), *outputs.values()) if isinstance(v, torch.Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -21,7 +21,7 @@ from bench.machine import facts
 VARIANTS = ("fusionpass", "torch.compile")
 
 
-def model(layers: int, width: int, scheme: str, device: str) -> Any:
+def model(layers: int, width: int, scheme: str, device: str, vocabulary: int = 32768) -> Any:
     """A Qwen3 with Qwen3-8B's proportions and random weights, its linears quantised."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -35,7 +35,7 @@ def model(layers: int, width: int, scheme: str, device: str) -> Any:
         num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 4),
         head_dim=128,
-        vocab_size=32768,
+        vocab_size=vocabulary,
     )
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.implementations import bytes_moved
+from bench.implementations import bound, bytes_moved
 from bench.kernels import verdict
 from bench.timing import cold_sets
-from fusionpass.ops import add_rms_norm_quantize
+from fusionpass.arch import Arch
+from fusionpass.ops import add_rms_norm_quantize, attention, cache_write, qk_norm_rope_cache
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("module", ["bench.kernels", "bench.gemm", "bench.tune"])
+@pytest.mark.parametrize("module", ["bench.kernels", "bench.gemm", "bench.attention", "bench.e2e", "bench.tune"])
 def test_without_a_gpu_it_says_so(module):
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-m", module], cwd=root, capture_output=True, text=True)
@@ -24,6 +25,26 @@ def test_bytes_are_counted_once():
     arguments = add_rms_norm_quantize.sample(16, 64, torch.bfloat16, "cpu", torch.Generator())
     bound = add_rms_norm_quantize.bind((), arguments)
     assert bytes_moved(add_rms_norm_quantize, bound) == 7 * 16 * 64 + 2 * 64 + 4
+
+
+def test_of_a_cache_the_new_rows_count():
+    arguments = cache_write.sample(16, 256, torch.bfloat16, "cpu", torch.Generator())
+    rows = arguments["x"].numel() * 2
+    assert arguments["cache"].numel() * 2 > rows
+    assert bytes_moved(cache_write, cache_write.bind((), arguments)) == 2 * rows + 8 * 16
+    both = qk_norm_rope_cache.bind((), qk_norm_rope_cache.sample(16, 256, torch.bfloat16, "cpu", torch.Generator()))
+    sizes = {name: v.numel() * v.element_size() for name, v in both.items() if isinstance(v, torch.Tensor)}
+    read = sum(size for name, size in sizes.items() if "cache" not in name)
+    assert bytes_moved(qk_norm_rope_cache, both) == read + sizes["q"] + sizes["k"] + sizes["v"]
+
+
+def test_launches_that_share_a_buffer_are_bound_to_one():
+    q, k, v = (torch.zeros(1, heads, tokens, 64).bfloat16() for heads, tokens in ((8, 1), (2, 4096), (2, 4096)))
+    launch, _ = attention.plan(Arch("sm_90"), attention.bind((q, k, v), {}))
+    (_, first), (_, second) = bound(launch)
+    assert first["sums"] is second["sums"]
+    assert first["sums"] is not first["peaks"]
+    assert first["k"] is k
 
 
 def test_cold_means_three_times_the_cache():
