@@ -5,7 +5,7 @@ When a torch release moves one of these, a test here names it.
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from fusionpass.arch import Arch
 from fusionpass.compile import Session
 from fusionpass.config import Config
 from fusionpass.inductor import kernels_in, package_digest
+from fusionpass.op import OPS
 from tests.models import LlamaNorm, static
 
 pytest.importorskip("triton")
@@ -24,6 +25,15 @@ from tests.fake_gpu import codegen, needs_cuda_build
 pytestmark = needs_cuda_build
 
 WIDTH = 1024
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_ops_are_left() -> Iterator[None]:
+    """Ops of one's own keep what is compiled out of the cache, in other tests too."""
+    before = set(OPS)
+    yield
+    for overload in OPS.keys() - before:
+        del OPS[overload]
 
 
 def llama(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
