@@ -21,7 +21,10 @@ def _scaled(y, w, offset, kind: tl.constexpr, AFTER: tl.constexpr):
 
 @triton.jit
 def _normed(a, b, c, wa, wb, wc, eps, offset, kind: tl.constexpr, DIM: tl.constexpr, AFTER: tl.constexpr):
-    """RMSNorm of rows that come in three parts; the parts of what is not there are zero."""
+    """RMSNorm of rows that come in three parts; the parts of what is not there are zero.
+
+    Without `c` the last result is `a`: Triton 3.6 returns no None among tensors.
+    """
     square = tl.sum(a * a + b * b, 1, keep_dims=True)
     if c is not None:
         square += tl.sum(c * c, 1, keep_dims=True)
@@ -29,8 +32,10 @@ def _normed(a, b, c, wa, wb, wc, eps, offset, kind: tl.constexpr, DIM: tl.conste
     a = _scaled(a * r, wa, offset, kind, AFTER)
     b = _scaled(b * r, wb, offset, kind, AFTER)
     if c is not None:
-        c = _scaled(c * r, wc, offset, kind, AFTER)
-    return a, b, c
+        rest = _scaled(c * r, wc, offset, kind, AFTER)
+    else:
+        rest = a
+    return a, b, rest
 
 
 @triton.jit
