@@ -5,26 +5,22 @@ Caches are rotated past the L2, as those of a model's layers are.
 
 import argparse
 import itertools
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
-from fusionpass.arch import Arch
-from fusionpass.launch import Launch
 from fusionpass.ops import attention
 from fusionpass.ops.attention.decode_triton import Cut
 from fusionpass.testing import exact, relative_error
 
-from .implementations import launch_call
-from .machine import ROOT, device_slug, facts, require_gpu
+from .implementations import launch_call, search, with_cut
+from .machine import require_gpu, results_folder, save
 from .timing import cold_sets, time_calls, warm_up
 
 CUTS = [Cut(*parts) for parts in itertools.product((32, 64, 128), (1, 2, 4, 8, 16, 33, 66), (4, 8))]
@@ -42,14 +38,7 @@ def arguments(batch: int, heads: tuple[int, int], width: int, slots: int, filled
     return attention.bind(made, {"mask": seen, "enable_gqa": True})
 
 
-def launch(given: dict[str, Any], cut: Cut | None = None) -> Launch:
-    """What is planned, or a certain cut of it."""
-    name = "fusionpass.ops.attention.decode_triton.configure"
-    with mock.patch(name, return_value=cut) if cut else mock.MagicMock():
-        made, reason = attention.plan(Arch.of(torch.device("cuda")), given)
-    if not isinstance(made, Launch):
-        raise ValueError(reason)
-    return made
+CONFIGURE = "fusionpass.ops.attention.decode_triton.configure"
 
 
 def ways(sets: list[dict[str, Any]], filled: int) -> dict[str, Callable[[int], Any]]:
@@ -74,7 +63,7 @@ def ways(sets: list[dict[str, Any]], filled: int) -> dict[str, Callable[[int], A
     }
 
 
-def measure(batch: int, heads: tuple[int, int], width: int, slots: int, filled: int, search: bool) -> dict[str, Any]:
+def measure(batch: int, heads: tuple[int, int], width: int, slots: int, filled: int, cuts: list[Cut]) -> dict[str, Any]:
     """Microseconds of each way, and the best cut where some are searched."""
     size = 4 * batch * heads[1] * filled * width
     sets = min(cold_sets(size, torch.cuda.get_device_properties(0).L2_cache_size) or 1, 64)
@@ -86,7 +75,7 @@ def measure(batch: int, heads: tuple[int, int], width: int, slots: int, filled: 
         return statistics.median(time_calls(call, sets))
 
     def of(cut: Cut | None) -> float:
-        call = launch_call([launch(one, cut) for one in given])
+        call = launch_call([with_cut(attention, one, CONFIGURE, cut) for one in given])
         assert relative_error(call(0)[0], truth) < 2**-7, cut
         return timed(call)
 
@@ -94,11 +83,7 @@ def measure(batch: int, heads: tuple[int, int], width: int, slots: int, filled: 
     cell["copy"] = timed(lambda i: halves[2 * i].copy_(halves[2 * i + 1]))
     cell |= {name: timed(call) for name, call in ways(given, filled).items()}
     cell["fusionpass"] = of(None)
-    if search:
-        times = {cut: of(cut) for cut in CUTS}
-        cut = min(times, key=lambda cut: times[cut])
-        # Once more, so that the lucky one among many has to be lucky twice.
-        cell |= {"best": max(times[cut], of(cut)), "cut": vars(cut)}
+    cell |= search(of, cuts)
     torch.cuda.empty_cache()
     return {name: round(v, 2) if isinstance(v, float) else v for name, v in cell.items()}
 
@@ -119,14 +104,12 @@ def main() -> None:
     warm_up()
     heads = tuple(options.heads)
     cells = [
-        measure(batch, heads, options.width, options.slots, filled, options.search)
+        measure(batch, heads, options.width, options.slots, filled, CUTS if options.search else [])
         for batch in options.batch
         for filled in options.filled
     ]
-    out: Path = options.out or ROOT / "bench" / "results" / device_slug()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "attention.json").write_text(json.dumps({**facts(options.commit), "cells": cells}, indent=1) + "\n")
-    names = [name for name in cells[0] if name not in ("heads", "width")]
+    save(results_folder(options.out) / "attention.json", options, cells=cells)
+    names = [name for name in cells[0] if name not in ("heads", "width", "failed")]
     made = Table(*names)
     for cell in cells:
         made.add_row(*(" ".join(map(str, v.values())) if isinstance(v := cell[n], dict) else str(v) for n in names))

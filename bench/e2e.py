@@ -5,7 +5,6 @@
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fusionpass
-from bench.machine import facts, require_gpu
+from bench.machine import require_gpu, save
 from bench.replay import FILLED, by_hand, rate
 from bench.start import model
 from fusionpass.testing import relative_error
@@ -105,8 +104,7 @@ def main() -> None:
             table.add_row(work, way, f"{figures['us']:.0f}", f"{ratio:.2f}", *map(str, list(figures.values())[:2]))
     Console().print(table)
     if options.out:
-        plain = {k: v for k, v in vars(options).items() if k not in ("out", "commit")}
-        options.out.write_text(json.dumps({**facts(options.commit), **plain, "work": found}, indent=1) + "\n")
+        save(options.out, options, work=found)
 
 
 if __name__ == "__main__":

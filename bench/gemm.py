@@ -5,24 +5,20 @@ Weights are rotated past the L2, as those of a model's layers are.
 
 import argparse
 import itertools
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from fusionpass.arch import Arch
-from fusionpass.launch import Launch
 from fusionpass.ops import scaled_mm
 from fusionpass.ops.gemm.stream import Cut
 
-from .implementations import launch_call
-from .machine import ROOT, device_slug, facts, require_gpu
+from .implementations import launch_call, search, with_cut
+from .machine import require_gpu, results_folder, save
 from .timing import cold_sets, time_calls, warm_up
 
 SHAPES = {
@@ -34,7 +30,7 @@ SHAPES = {
 SCHEMES = ("fp8_token", "fp8_static", "int8_token")
 
 
-def cuts(rows: int, columns: int) -> list[Cut]:
+def grid_of(rows: int, columns: int) -> list[Cut]:
     """Those that `--search` tries: from as many programs as half an H100 has multiprocessors to eight for each."""
     if rows == 1:
         grid = itertools.product((4, 8, 16, 32), (512, 1024, 2048), (1, 2, 4), (4, 8), (1, 3, 5))
@@ -56,13 +52,7 @@ def arguments(rows: int, columns: int, k: int, scheme: str) -> dict[str, Any]:
     return scaled_mm.bind((a, b.t(), *scales), {})
 
 
-def launch(given: dict[str, Any], cut: Cut | None = None) -> Launch:
-    """What is planned, or a certain cut of it; the weight read early, as in a model."""
-    with mock.patch("fusionpass.ops.gemm.stream.configure", return_value=cut) if cut else mock.MagicMock():
-        made, reason = scaled_mm.plan(Arch.of(torch.device("cuda")), given)
-    if not isinstance(made, Launch):
-        raise ValueError(reason)
-    return made.reading_early()
+CONFIGURE = "fusionpass.ops.gemm.stream.configure"
 
 
 def check(given: dict[str, Any], got: torch.Tensor) -> None:
@@ -77,7 +67,7 @@ def check(given: dict[str, Any], got: torch.Tensor) -> None:
     assert ((got.double() - expected).abs() <= 2.0**-8 * expected.abs() + a.shape[1] * 2.0**-24 * terms).all()
 
 
-def measure(rows: int, columns: int, k: int, scheme: str, search: list[Cut]) -> dict[str, Any]:
+def measure(rows: int, columns: int, k: int, scheme: str, cuts: list[Cut]) -> dict[str, Any]:
     """Microseconds of each way to multiply such matrices, and the best cut where some are searched."""
     size = torch.cuda.get_device_properties(0).L2_cache_size
     sets = cold_sets(columns * k, size) or 1
@@ -91,7 +81,7 @@ def measure(rows: int, columns: int, k: int, scheme: str, search: list[Cut]) -> 
         return statistics.median(time_calls(call, sets))
 
     def of(cut: Cut | None) -> float:
-        call = launch_call([launch(one, cut) for one in given])
+        call = launch_call([with_cut(scaled_mm, one, CONFIGURE, cut) for one in given])
         check(given[0], call(0)[0])
         return timed(call)
 
@@ -99,17 +89,7 @@ def measure(rows: int, columns: int, k: int, scheme: str, search: list[Cut]) -> 
     cell["copy"] = timed(copied)
     cell["cublas"] = timed(lambda i: scaled_mm.reference(**given[i]))
     cell["fusionpass"] = of(None)
-    found: list[tuple[float, Cut]] = []
-    failed: dict[str, str] = {}
-    for cut in search:
-        try:
-            found.append((of(cut), cut))
-        except Exception as error:  # a search goes on behind a cut that this device cannot run, and says so
-            failed[str(cut)] = f"{type(error).__name__}: {error}"[:200]
-    if found:
-        # Once more, so that the lucky one among many has to be lucky twice.
-        best = min((max(us, of(cut)), cut) for us, cut in sorted(found, key=lambda pair: pair[0])[:5])
-        cell |= {"best": best[0], "cut": vars(best[1]), "failed": failed}
+    cell |= search(of, cuts)
     return {name: round(v, 3) if isinstance(v, float) else v for name, v in cell.items()}
 
 
@@ -128,11 +108,9 @@ def main() -> None:
     cells = []
     for scheme, name, rows in itertools.product(options.scheme, options.shapes, options.rows):
         for columns, k in SHAPES[name]:
-            cells.append(measure(rows, columns, k, scheme, cuts(rows, columns) if options.search else []))
+            cells.append(measure(rows, columns, k, scheme, grid_of(rows, columns) if options.search else []))
             torch.cuda.empty_cache()
-    out: Path = options.out or ROOT / "bench" / "results" / device_slug()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "gemm.json").write_text(json.dumps({**facts(options.commit), "cells": cells}, indent=1) + "\n")
+    save(results_folder(options.out) / "gemm.json", options, cells=cells)
     Console().print(table(cells))
 
 

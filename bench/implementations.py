@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -20,7 +22,32 @@ Arguments = Mapping[str, Any]
 def plan(op: Op, arguments: Arguments, arch: Arch) -> Launch | None:
     """The launch as a compiled model runs it: weight and scale are its parameters."""
     launch, _ = op.plan(arch, arguments)
-    return launch.reading_early() if launch is not None else None
+    return launch.reading_early() if isinstance(launch, Launch) else None
+
+
+def with_cut(op: Op, arguments: Arguments, configure: str, cut: Any) -> Launch:
+    """The launch as a compiled model runs it, cut as its plan's function `configure` says, or as `cut` does."""
+    with mock.patch(configure, return_value=cut) if cut else nullcontext():
+        launch = plan(op, arguments, Arch.of(torch.device("cuda")))
+    assert launch is not None, op
+    return launch
+
+
+def search(timed: Callable[[Any], float], cuts: Sequence[Any]) -> dict[str, Any]:
+    """The best of the cuts and its microseconds, and why others failed; empty where there are none."""
+    times: dict[Any, float] = {}
+    failed: dict[str, str] = {}
+    for cut in cuts:
+        try:
+            times[cut] = timed(cut)
+        except Exception as error:  # a search goes on behind a cut that this device cannot run, and says so
+            failed[str(cut)] = f"{type(error).__name__}: {error}"[:200]
+    if not times:
+        return {"failed": failed} if failed else {}
+    # Once more, so that the lucky one among many has to be lucky twice.
+    again = {cut: max(times[cut], timed(cut)) for cut in sorted(times, key=lambda cut: times[cut])[:5]}
+    best = min(again, key=lambda cut: again[cut])
+    return {"best": again[best], "cut": vars(best), "failed": failed}
 
 
 def launch_call(launches: list[Launch]) -> Call:

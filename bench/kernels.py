@@ -19,7 +19,7 @@ from fusionpass.ops.quant import Scheme, dequantize
 from fusionpass.testing import exact, relative_error
 
 from .implementations import IMPLEMENTATIONS, Arguments, Call, argument_sets, bytes_moved
-from .machine import ROOT, device_slug, facts, require_gpu
+from .machine import facts, require_gpu, results_folder
 from .timing import cold_sets, summary, time_calls, warm_up
 
 ROUNDS = 2
@@ -40,8 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     require_gpu()
     warm_up()
-    out: Path = options.out or ROOT / "bench" / "results" / device_slug()
-    out.mkdir(parents=True, exist_ok=True)
+    out = results_folder(options.out)
     chosen = list(timed) if "all" in options.op else options.op
     quantising = {name for name in chosen if "scheme" in timed[name].signature.parameters}
     names = [(name, s) for name in chosen for s in (options.scheme if name in quantising else [None])]

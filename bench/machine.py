@@ -1,9 +1,12 @@
 """What a result must say about where it was measured."""
 
+import argparse
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +33,19 @@ def facts(commit: str | None = None) -> dict[str, str]:
         "triton": triton.__version__,
         "commit": commit or _commit(),
     }
+
+
+def results_folder(chosen: Path | None) -> Path:
+    """The folder that was chosen, or this device's in bench/results; it is there then."""
+    folder = chosen or ROOT / "bench" / "results" / device_slug()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def save(path: Path, options: argparse.Namespace, **found: Any) -> None:
+    """Write what was found, behind the facts and the options that say what was measured."""
+    said = {k: v for k, v in vars(options).items() if k not in ("out", "child", "commit")}
+    path.write_text(json.dumps({**facts(options.commit), **said, **found}, indent=1) + "\n")
 
 
 def _commit() -> str:

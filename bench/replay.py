@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import fusionpass
-from bench.machine import facts, require_gpu
+from bench.machine import require_gpu, save
 from bench.start import model
 
 MODES = ("full", "piecewise", "by hand")
@@ -118,8 +118,7 @@ def main() -> None:
     with torch.inference_mode():
         found = {"memory": measure_memory(options), "steps": measure_steps(options)}
     if options.out:
-        plain = {k: v for k, v in vars(options).items() if k not in ("out", "commit")}
-        options.out.write_text(json.dumps({**facts(options.commit), **plain, **found}, indent=1) + "\n")
+        save(options.out, options, **found)
 
 
 if __name__ == "__main__":

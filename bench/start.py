@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench.machine import facts
+from bench.machine import save
 
 VARIANTS = ("fusionpass", "torch.compile")
 
@@ -117,8 +117,7 @@ def main() -> None:
         ratio = f", {seconds['torch.compile'] / seconds['fusionpass']:.2f}x" if len(seconds) == 2 else ""
         print(f"{start}: {', '.join(f'{name} {value:.1f} s' for name, value in seconds.items())}{ratio}")
     if options.out:
-        plain = {k: v for k, v in vars(options).items() if k not in ("out", "child", "commit")}
-        options.out.write_text(json.dumps({**facts(options.commit), **plain, "runs": runs}, indent=1) + "\n")
+        save(options.out, options, runs=runs)
 
 
 def _run(variant: str, folder: str) -> dict[str, Any]:

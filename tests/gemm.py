@@ -23,6 +23,20 @@ def codes(rows: int, columns: int, dtype: torch.dtype, generator: torch.Generato
     return torch.randn(rows, columns, generator=generator, device=device).mul(64).clamp(-448, 448).to(dtype)
 
 
+def product_of(
+    rows: int, columns: int, k: int, dtype: torch.dtype = FP8, device: str = "cpu", **changes: Any
+) -> dict[str, Any]:
+    """Arguments of that size, with a scale for each row and column."""
+    generator = torch.Generator(device).manual_seed(0)
+    given = {
+        "a": codes(rows, k, dtype, generator, device),
+        "b": codes(columns, k, dtype, generator, device).t(),
+        "a_scale": torch.rand(rows, 1, generator=generator, device=device).add(0.5),
+        "b_scale": torch.rand(1, columns, generator=generator, device=device).add(0.5),
+    }
+    return scaled_mm.bind((), {**given, **changes})
+
+
 @st.composite
 def arguments_for_product(
     draw: Any, device: str, rows: int, columns: int, k: int, dtypes: tuple[torch.dtype, ...] = (FP8, INT8)

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.implementations import bound, bytes_moved
+from bench.implementations import bound, bytes_moved, search
 from bench.kernels import verdict
 from bench.timing import cold_sets
 from fusionpass.arch import Arch
 from fusionpass.ops import add_rms_norm_quantize, attention, cache_write, qk_norm_rope_cache
+from fusionpass.ops.gemm.stream import Cut
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -45,6 +46,19 @@ def test_launches_that_share_a_buffer_are_bound_to_one():
     assert first["sums"] is second["sums"]
     assert first["sums"] is not first["peaks"]
     assert first["k"] is k
+
+
+def test_a_search_names_the_best_and_what_failed():
+    def timed(cut):
+        if cut.splits == 3:
+            raise ValueError("too many")
+        return float(abs(cut.splits - 2)) + cut.depth
+
+    assert search(timed, []) == {}
+    found = search(timed, [Cut(8, 16, splits) for splits in (1, 2, 3, 4)])
+    assert (found["best"], found["cut"]["splits"]) == (16.0, 2)
+    assert list(found["failed"].values()) == ["ValueError: too many"]
+    assert search(timed, [Cut(8, 16, 3)]) == {"failed": {str(Cut(8, 16, 3)): "ValueError: too many"}}
 
 
 def test_cold_means_three_times_the_cache():

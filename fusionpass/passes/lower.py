@@ -109,7 +109,7 @@ def lower(
                 where=site.where,
                 source=site.source,
                 scheme=str(arguments.get("scheme", "")),
-                backend="triton" if launch is not None else "late" if chosen is not None else "inductor",
+                backend="inductor" if chosen is None else "late" if launch is None else "triton",
                 rules=site.rules,
             )
         )

@@ -37,37 +37,36 @@ def products(graph: Graph, disable: frozenset[str] = frozenset()) -> None:
             graph.erase_node(node)
 
 
+def _given(node: Node) -> dict[str, Any]:
+    """The arguments of a call by the names of its schema."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
+
+
 def _scaled_mm(node: Node) -> dict[str, Any] | None:
     """`torch._scaled_mm` as arguments of the op, or None where it has no such meaning."""
-    names = ("a", "b", "a_scale", "b_scale", "bias", "scale_result", "out_dtype", "use_fast_accum")
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+    given = _given(node)
     if given.get("scale_result") is not None:
         return None
-    return _arguments(node, given["a"], given["b"], given["a_scale"], given["b_scale"], given)
+    return _arguments(node, given, given["scale_a"], given["scale_b"])
 
 
 def _scaled_mm_v2(node: Node) -> dict[str, Any] | None:
     """`torch.nn.functional.scaled_mm`, likewise."""
-    names = (
-        "a", "b", "a_scale", "a_kind", "a_swizzle", "b_scale", "b_kind", "b_swizzle", "bias", "out_dtype",
-        "contraction_dim", "use_fast_accum",
-    )  # fmt: skip
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
-    kinds = [*given["a_kind"], *given["b_kind"]]
+    given = _given(node)
+    kinds = [*given["recipe_a"], *given["recipe_b"]]
     if len(kinds) != 2 or not set(kinds) <= {_TENSOR_WISE, _ROW_WISE} or given.get("contraction_dim"):
         return None
-    return _arguments(node, given["a"], given["b"], given["a_scale"][0], given["b_scale"][0], given)
+    return _arguments(node, given, given["scale_a"][0], given["scale_b"][0])
 
 
-def _arguments(node: Node, a: Any, b: Any, a_scale: Any, b_scale: Any, given: dict[str, Any]) -> dict[str, Any] | None:
-    if any(value(t) is None for t in (a, b, a_scale, b_scale)):
-        return None
+def _arguments(node: Node, given: dict[str, Any], a_scale: Any, b_scale: Any) -> dict[str, Any] | None:
+    operands = {"a": given["self"], "b": given["mat2"], "a_scale": a_scale, "b_scale": b_scale}
     name = _NAMES.get(node.meta["val"].dtype)
-    if name is None:
+    if name is None or any(value(operand) is None for operand in operands.values()):
         return None
     fast = bool(given.get("use_fast_accum"))
-    operands = {"a": a, "b": b, "a_scale": a_scale, "b_scale": b_scale, "bias": given.get("bias")}
-    return {**operands, "out_dtype": name, "fast_accum": fast}
+    return {**operands, "bias": given.get("bias"), "out_dtype": name, "fast_accum": fast}
 
 
 _SPELLINGS = {aten._scaled_mm.default: _scaled_mm}

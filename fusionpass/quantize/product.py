@@ -5,13 +5,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from ..ops.gemm.arithmetic import int8_scales, row_scales, single_scales
 from ..ops.quant import dequantize
 
 if TYPE_CHECKING:
     from .linear import QuantizedLinear
-
-_INT8_ROWS = 17
-"""What torch._int_mm wants at least on a GPU."""
 
 
 def product(
@@ -27,42 +25,12 @@ def product(
     """
     kind = layer.kind.input
     if kind.granularity == "tensor":
-        return _one_scale(layer, codes, dtype)
+        assert layer.input_scale is not None
+        return single_scales(codes, layer.weight.t(), layer.input_scale, layer.weight_scale, layer.bias, dtype)
     if kind.granularity == "token":
-        rows = _int8_rows if kind.dtype == torch.int8 else _fp8_rows
-        return rows(layer, codes, scales[0], dtype)
+        scaled = int8_scales if kind.dtype == torch.int8 else row_scales
+        return scaled(codes, layer.weight.t(), scales[0], layer.weight_scale.t(), layer.bias, dtype)
     x = dequantize(codes, scales[0], kind, layer.input_scale)
     weight = dequantize(layer.weight, layer.weight_scale, layer.kind.weight, layer.weight_global_scale)
     bias = None if layer.bias is None else layer.bias.to(dtype)
     return F.linear(x.to(dtype), weight.to(dtype), bias)
-
-
-def _one_scale(layer: "QuantizedLinear", codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # cuBLAS has no epilogue with a bias for fp32 outputs.
-    inside = None if layer.bias is None or dtype == torch.float32 else layer.bias.to(dtype)
-    assert layer.input_scale is not None
-    y = torch._scaled_mm(codes, layer.weight.t(), layer.input_scale, layer.weight_scale, bias=inside, out_dtype=dtype)
-    return y if layer.bias is None or inside is not None else y + layer.bias
-
-
-def _fp8_rows(layer: "QuantizedLinear", codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    weight, weight_scale = layer.weight.t(), layer.weight_scale.t()
-    if codes.is_cuda and dtype == torch.bfloat16:
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        return torch._scaled_mm(codes, weight, scale, weight_scale, bias=bias, out_dtype=dtype)
-    # CUDA scales rows for bfloat16 alone, and the CPU not before torch 2.12.
-    one = scale.new_ones(())
-    return _scaled(layer, torch._scaled_mm(codes, weight, one, one, out_dtype=torch.float32), scale, dtype)
-
-
-def _int8_rows(layer: "QuantizedLinear", codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    rows = codes.shape[0]
-    if codes.is_cuda and rows < _INT8_ROWS:
-        codes = F.pad(codes, (0, 0, 0, _INT8_ROWS - rows))
-    return _scaled(layer, torch._int_mm(codes, layer.weight.t())[:rows].float(), scale, dtype)
-
-
-def _scaled(layer: "QuantizedLinear", y: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The float32 product of codes `y` with its scales and the bias."""
-    y = y * scale * layer.weight_scale.t()
-    return (y if layer.bias is None else y + layer.bias).to(dtype)

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusionpass.arch import Arch
+from fusionpass.ops import scaled_mm
 from fusionpass.ops.gemm.stream import Cut
-from tests.gemm import FP8, INT8, arguments_for_product, check_product, codes
+from tests.gemm import FP8, INT8, arguments_for_product, check_product, product_of
 
 # No programmatic dependent launch in these: the interpreter has no grids to wait for.
 ARCH = Arch("sm_89")
@@ -26,12 +27,12 @@ def test_drawn_arguments(data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", [FP8, INT8], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 64])
 def test_as_planned(dtype: torch.dtype, rows: int) -> None:
-    check_product(ARCH, given_codes(rows, 48, 272, dtype))
+    check_product(ARCH, product_of(rows, 48, 272, dtype))
 
 
 def test_int8_sums_that_float32_cannot_hold() -> None:
     """1100 products of 127 * 127 and one of 1."""
-    arguments = given_codes(1, 16, 1104, INT8, out_dtype="float32")
+    arguments = product_of(1, 16, 1104, INT8, out_dtype="float32")
     arguments["a"].fill_(127)
     arguments["b"].fill_(127)
     arguments["a"][0, 1101:] = 0
@@ -46,7 +47,7 @@ def test_int8_sums_that_float32_cannot_hold() -> None:
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_what_is_not_finite_stays_in_its_row(special: float, rows: int) -> None:
-    arguments = given_codes(rows, 20, 64, FP8)
+    arguments = product_of(rows, 20, 64, FP8)
     arguments["a_scale"] = torch.ones(rows, 1)
     arguments["a_scale"][-1] = special
     finite = check_finite(arguments)
@@ -55,22 +56,6 @@ def test_what_is_not_finite_stays_in_its_row(special: float, rows: int) -> None:
 
 
 def check_finite(arguments: dict[str, Any]) -> torch.Tensor:
-    from fusionpass.ops import scaled_mm
-
     launch, reason = scaled_mm.plan(ARCH, arguments)
     assert launch is not None, reason
     return launch.run()[0].isfinite()
-
-
-def given_codes(rows: int, columns: int, k: int, dtype: torch.dtype, **changes: Any) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "a": codes(rows, k, dtype, generator),
-        "b": codes(columns, k, dtype, generator).t(),
-        "a_scale": torch.rand(rows, 1, generator=generator).add(0.5),
-        "b_scale": torch.rand(1, columns, generator=generator).add(0.5),
-        "bias": None,
-        "out_dtype": "bfloat16",
-        "fast_accum": False,
-        **changes,
-    }

@@ -13,24 +13,15 @@ from fusionpass.arch import Arch
 from fusionpass.errors import ArgumentError
 from fusionpass.launch import Late, Launch
 from fusionpass.ops import scaled_mm
-from tests.gemm import FP8, INT8, arguments_for_product, codes, exact
+from tests.gemm import FP8, INT8, arguments_for_product, exact, product_of
 
 pytest.importorskip("triton")
 
 H100 = Arch("sm_90")
 
 
-def arguments(
-    rows: int = 8, columns: int = 48, k: int = 64, dtype: torch.dtype = FP8, **changes: Any
-) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    made = {
-        "a": codes(rows, k, dtype, generator),
-        "b": codes(columns, k, dtype, generator).t(),
-        "a_scale": torch.rand(rows, 1, generator=generator).add(0.5),
-        "b_scale": torch.rand(1, columns, generator=generator).add(0.5),
-    }
-    return scaled_mm.bind((), {**made, **changes})
+def arguments(rows: int = 8, k: int = 64, dtype: torch.dtype = FP8, **changes: Any) -> dict[str, Any]:
+    return product_of(rows, 48, k, dtype, **changes)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ...errors import ArgumentError, nearest
 from ...op import Tolerance, op
 from ..rows import known, triton_backend
+from .arithmetic import int8_scales, row_scales, single_scales
 
 __all__ = ["CODES", "OUTPUTS", "SUMMED", "is_single", "scaled_mm"]
 
@@ -20,9 +20,6 @@ OUTPUTS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 CODES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.int8)
 """The dtypes of operands."""
-
-_INT8_ROWS = 17
-"""What torch._int_mm wants at least on a GPU."""
 
 
 def _sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
@@ -71,32 +68,16 @@ def scaled_mm(
     _check(a, b, a_scale, b_scale, bias, out_dtype)
     dtype = OUTPUTS[out_dtype]
     if a.dtype == torch.int8:
-        rows = a.shape[0]
-        padded = F.pad(a, (0, 0, 0, _INT8_ROWS - rows)) if a.is_cuda and rows < _INT8_ROWS else a
-        return _finished(torch._int_mm(padded, b)[:rows].float(), a_scale, b_scale, bias, dtype)
-    inside = None if bias is None else bias.to(dtype)
-    # cuBLAS adds a bias to 16-bit results alone; CUDA scales rows for bfloat16 alone, the CPU not before torch 2.12.
-    if is_single(a_scale) and is_single(b_scale) and (bias is None or dtype != torch.float32):
-        return torch._scaled_mm(a, b, a_scale, b_scale, bias=inside, out_dtype=dtype, use_fast_accum=fast_accum)
-    if a_scale.dim() == b_scale.dim() == 2 and a.is_cuda and dtype == torch.bfloat16:
-        each = a_scale.expand(a.shape[0], 1).contiguous(), b_scale.expand(1, b.shape[1]).contiguous()
-        return torch._scaled_mm(a, b, *each, bias=inside, out_dtype=dtype, use_fast_accum=fast_accum)
-    one = a_scale.new_ones(())
-    y = torch._scaled_mm(a, b, one, one, out_dtype=torch.float32, use_fast_accum=fast_accum)
-    return _finished(y, a_scale, b_scale, bias, dtype)
+        return int8_scales(a, b, a_scale, b_scale, bias, dtype)
+    if is_single(a_scale) and is_single(b_scale):
+        return single_scales(a, b, a_scale, b_scale, bias, dtype, fast_accum)
+    each = a_scale.expand(a.shape[0], 1).contiguous(), b_scale.expand(1, b.shape[1]).contiguous()
+    return row_scales(a, b, *each, bias, dtype, fast_accum)
 
 
 def is_single(scale: torch.Tensor) -> bool:
     """Whether a scale is one for the whole matrix, whatever sizes its symbols stand for."""
     return all(known(size == 1) for size in scale.shape)
-
-
-def _finished(
-    y: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """The float32 product of the codes, scaled and rounded."""
-    y = y * a_scale * b_scale
-    return (y if bias is None else y + bias).to(dtype)
 
 
 def _check(
