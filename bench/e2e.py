@@ -22,8 +22,9 @@ from fusionpass.testing import relative_error
 
 DECODE = ("reduce-overhead", "default, one graph", "fusionpass")
 PREFILL = ("default", "fusionpass")
-FARTHEST = 0.05
-"""How far logits may be from eager mode's, relative: roundings of FP8 codes move with the order of sums."""
+FARTHER = 1.5
+"""How much farther than torch.compile's logits ours may be from eager mode's: roundings of FP8 codes move with the
+order of sums, in both."""
 
 
 def compiled(way: str, made: Any) -> Any:
@@ -38,7 +39,8 @@ def step(eager: Any, made: Any, batch: int, length: int) -> Callable[[], torch.T
     from transformers import StaticCache
 
     generator = torch.Generator("cuda").manual_seed(0)
-    first, ids = (torch.randint(0, 32768, (batch, n), device="cuda", generator=generator) for n in (FILLED, 1))
+    most = eager.config.vocab_size
+    first, ids = (torch.randint(0, most, (batch, n), device="cuda", generator=generator) for n in (FILLED, 1))
     cache = StaticCache(config=eager.config, max_cache_len=length)
     eager(input_ids=first, past_key_values=cache, use_cache=True)
     return lambda: made(input_ids=ids, past_key_values=cache, use_cache=True).logits  # type: ignore[no-any-return]
@@ -46,7 +48,8 @@ def step(eager: Any, made: Any, batch: int, length: int) -> Callable[[], torch.T
 
 def prefill(made: Any, tokens: int) -> Callable[[], torch.Tensor]:
     """A text of so many tokens, without a cache."""
-    ids = torch.randint(0, 32768, (1, tokens), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    generator = torch.Generator("cuda").manual_seed(0)
+    ids = torch.randint(0, made.config.vocab_size, (1, tokens), device="cuda", generator=generator)
     return lambda: made(input_ids=ids, use_cache=False, logits_to_keep=1).logits  # type: ignore[no-any-return]
 
 
@@ -64,10 +67,11 @@ def measure(
         error = relative_error(call(), expected)
         torch.cuda.synchronize()
         cell[way] = {"first_s": round(time.perf_counter() - start, 1), "error": round(error, 5)}
-        assert error < FARTHEST, (way, error)
         for _ in range(4):
             call()
         calls[way] = by_hand(call) if "one graph" in way else call
+    farthest = max(found["error"] for way, found in cell.items() if way != "fusionpass")
+    assert cell["fusionpass"]["error"] <= FARTHER * farthest, cell
     for way, us in rate(calls, repeats=repeats).items():
         cell[way]["us"] = round(us, 1)
     return cell

@@ -14,10 +14,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fusionpass.launch import Launch
 from fusionpass.ops import scaled_mm
 from fusionpass.ops.gemm.stream import Cut
 
-from .implementations import launch_call, search, with_cut
+from .implementations import compile_apart, launch_call, search, with_cut
 from .machine import require_gpu, results_folder, save
 from .timing import cold_sets, time_calls, warm_up
 
@@ -31,15 +32,19 @@ SCHEMES = ("fp8_token", "fp8_static", "int8_token")
 
 
 def grid_of(rows: int, columns: int) -> list[Cut]:
-    """Those that `--search` tries: from as many programs as half an H100 has multiprocessors to eight for each."""
+    """Those that `--search` tries: tiles of 2 to 32 KiB, 48 KiB of them or more in flight on each multiprocessor."""
     if rows == 1:
-        grid = itertools.product((4, 8, 16, 32), (512, 1024, 2048), (1, 2, 4), (4, 8), (1, 3, 5))
-    else:
-        grid = itertools.product((16, 32, 64, 128), (128, 256, 512), (1, 2, 4), (4,), (3, 4, 5))
+        # Nothing is staged where products are made one by one.
+        grid = itertools.product((2, 4, 8), (512, 1024, 2048, 4096), (1,), (1, 2, 4, 8), (1,))
+        return [cut for cut in (Cut(*parts) for parts in grid) if 2048 <= cut.columns * cut.depth <= 16384]
+    grid = itertools.product((32, 64, 128), (128, 256, 512), (1, 2, 3, 4), (2, 4, 8), (3, 4, 6))
     return [
         cut
         for cut in (Cut(*parts) for parts in grid)
-        if 4096 <= cut.columns * cut.depth <= 32768 and 66 <= columns / cut.columns * cut.splits <= 1056
+        if 49152 <= cut.columns * cut.depth * cut.stages <= 131072
+        and cut.warps == cut.columns // 16
+        and (cut.splits == 1 or columns / cut.columns < 264)
+        and columns / cut.columns * cut.splits >= 96
     ]
 
 
@@ -65,6 +70,11 @@ def check(given: dict[str, Any], got: torch.Tensor) -> None:
     scales = given["a_scale"].double() * given["b_scale"].double()
     expected, terms = (a @ b) * scales, (a.abs() @ b.abs()) * scales
     assert ((got.double() - expected).abs() <= 2.0**-8 * expected.abs() + a.shape[1] * 2.0**-24 * terms).all()
+
+
+def launch_of(rows: int, columns: int, k: int, scheme: str, cut: Cut | None) -> Launch:
+    """The launch on arguments of its own."""
+    return with_cut(scaled_mm, arguments(rows, columns, k, scheme), CONFIGURE, cut)
 
 
 def measure(rows: int, columns: int, k: int, scheme: str, cuts: list[Cut]) -> dict[str, Any]:
@@ -105,6 +115,12 @@ def main() -> None:
     options = parser.parse_args()
     require_gpu()
     warm_up()
+    if options.search:
+        first = SHAPES[options.shapes[0]][0]
+        each = itertools.product(options.rows, [first], options.scheme)
+        compile_apart(
+            launch_of, [(rows, *first, scheme, cut) for rows, _, scheme in each for cut in grid_of(rows, 4096)]
+        )
     cells = []
     for scheme, name, rows in itertools.product(options.scheme, options.shapes, options.rows):
         for columns, k in SHAPES[name]:

@@ -2,8 +2,11 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext, suppress
+from multiprocessing import get_context
 from typing import Any
 from unittest import mock
 
@@ -33,6 +36,21 @@ def with_cut(op: Op, arguments: Arguments, configure: str, cut: Any) -> Launch:
     return launch
 
 
+def compile_apart(launch_of: Callable[..., Launch], each: Sequence[tuple[Any, ...]]) -> None:
+    """Compile `launch_of(*arguments)` for each, in as many processes as there are cores: into Triton's cache on disk.
+
+    What does not compile is left for who launches it.
+    """
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        list(pool.map(functools.partial(_compile, launch_of), each, chunksize=4))
+
+
+def _compile(launch_of: Callable[..., Launch], arguments: tuple[Any, ...]) -> None:
+    with suppress(Exception):
+        for part, given in bound(launch_of(*arguments)):
+            part.kernel.warmup(**given, grid=part.grid, **part.options())
+
+
 def search(timed: Callable[[Any], float], cuts: Sequence[Any]) -> dict[str, Any]:
     """The best of the cuts and its microseconds, and why others failed; empty where there are none."""
     times: dict[Any, float] = {}
@@ -47,7 +65,11 @@ def search(timed: Callable[[Any], float], cuts: Sequence[Any]) -> dict[str, Any]
     # Once more, so that the lucky one among many has to be lucky twice.
     again = {cut: max(times[cut], timed(cut)) for cut in sorted(times, key=lambda cut: times[cut])[:5]}
     best = min(again, key=lambda cut: again[cut])
-    return {"best": again[best], "cut": vars(best), "failed": failed}
+    tried = {
+        " ".join(map(str, vars(cut).values())): round(times[cut], 2)
+        for cut in sorted(times, key=lambda cut: times[cut])
+    }
+    return {"best": again[best], "cut": vars(best), "failed": failed, "tried": tried}
 
 
 def launch_call(launches: list[Launch]) -> Call:

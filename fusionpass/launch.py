@@ -42,6 +42,8 @@ class Launch:
         args: every kernel parameter by name: tensors, numbers, constexprs, None, and `Empty` for what it writes.
         returns: the parameters whose buffers are returned, in the order of the op's outputs.
         pdl: launch with programmatic dependent launch (the kernel must then wait before its first dependent load).
+        fp_fusion: the compiler may multiply and add without rounding in between. On NVIDIA GPUs that also drops a
+            rounding to bfloat16 that stands between them.
         early: the parameters that the kernel may read before that wait, where its constexpr EARLY is true.
         mutates: the parameters that are inputs and written to; `returns` names them where they are outputs. The op is
             functional all the same: who runs the launch copies them first, unless nobody reads the old values.
@@ -56,6 +58,7 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 1
     pdl: bool = False
+    fp_fusion: bool = True
     early: tuple[str, ...] = ()
     mutates: tuple[str, ...] = ()
     before: tuple["Launch", ...] = ()
@@ -68,7 +71,12 @@ class Launch:
 
     def options(self) -> dict[str, Any]:
         """Triton's own launch options."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages} | ({"launch_pdl": True} if self.pdl else {})
+        made: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.pdl:
+            made["launch_pdl"] = True
+        if not self.fp_fusion:
+            made["enable_fp_fusion"] = False
+        return made
 
     def reading_early(self) -> "Launch":
         """The launch for where the kernel just before it cannot have written `early`: parameters of a model, say."""

@@ -190,7 +190,16 @@ def check_attention(arch: Arch, arguments: dict[str, Any], cut: decode_triton.Cu
     apart = (output.double() - exact).abs()
     assert (apart <= allowed).all(), f"{(apart - allowed).max()} too far"
     assert (output[~visible(arguments).any(-1)] == 0).all()
-    expected = attention.reference(**arguments)
+    # PyTorch 2.11's kernels fault where a mask is broadcast over the positions, and on rows that are not whole 16 bytes
+    # apart.
+    even = {
+        name: t.clone(memory_format=torch.contiguous_format)
+        for name, t in arguments.items()
+        if isinstance(t, torch.Tensor)
+    }
+    if arguments["mask"] is not None:
+        even["mask"] = arguments["mask"].expand(arguments["q"].shape[:3] + arguments["k"].shape[2:3]).contiguous()
+    expected = attention.reference(**{**arguments, **even})
     assert alike_strides(output, expected), f"strides {output.stride()}, not {expected.stride()}"
     # What PyTorch gives where nothing is seen is not for this to say.
     expected = torch.where(visible(arguments).any(-1, keepdim=True), expected, 0)

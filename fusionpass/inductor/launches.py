@@ -147,11 +147,13 @@ def _launch_kernel_class() -> type:
 
 
 def _as_planned(body: str, launch: Launch) -> str:
-    """Inductor's definition of a kernel, with what it has no way to be told: float32 numbers, and PDL before 2.14."""
+    """Inductor's definition of a kernel, with what it has no way to be told: float32, `fp_fusion`, PDL before 2.14."""
     head = "triton_meta={"
     assert head in body, "Inductor no longer writes triton_meta={...}"
     if launch.pdl:
         body = body.replace(head, f"{head}'launch_pdl': True, ", 1)
+    if not launch.fp_fusion:
+        body = body.replace(head, f"{head}'enable_fp_fusion': False, ", 1)
     for name, value in launch.args.items():
         if isinstance(value, float):
             # Inductor types a Python float as float64, and then the kernel computes with it in float64.

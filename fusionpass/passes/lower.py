@@ -200,6 +200,7 @@ def inline(graph: Graph, node: Node, op: Op, arguments: Mapping[str, Any]) -> No
     vals = [value(n) for n in inputs]
     with vals[0].fake_mode, torch.no_grad():  # type: ignore[union-attr]
         body = make_fx(call, decomposition_table=select_decomp_table())(*vals).graph
+    body.eliminate_dead_code()  # results that are not tensors have no value in their node's meta
     copies: dict[Node, Any] = dict(zip(body.find_nodes(op="placeholder"), inputs, strict=True))
     with graph.inserting_before(node):
         for source in body.nodes:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .memory import Layout, laid
+from .waits import NoWaits
 
 
 class Device(Protocol):
@@ -165,7 +166,7 @@ class CudaDevice:
     def capture(self, call: Callable[..., Sequence[Any]], args: Sequence[Any], pool: Pool) -> tuple[Any, Sequence[Any]]:
         """See `Device`."""
         graph = torch.cuda.CUDAGraph()
-        with _ONE_CAPTURE, torch.cuda.device(self._index), torch.cuda.stream(self._side), _quiet():
+        with _ONE_CAPTURE, torch.cuda.device(self._index), torch.cuda.stream(self._side), _quiet(), NoWaits():  # type: ignore[no-untyped-call]
             # A workspace of cuBLAS that outlived the capture would be shared with who runs at the same time.
             torch._C._cuda_clearCublasWorkspaces()
             try:

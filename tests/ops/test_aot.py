@@ -112,3 +112,9 @@ def test_no_multiply_add_skips_a_rounding(name, changes, dtype):
     op = next(op for op in WITH_KERNELS if op.name == name)
     cast = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in changes.items()}
     assert not re.search(r"fma\.rn\.(b?f16)", compiled(op, "sm_90", dtype=dtype, **cast))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("op", [op for op in WITH_KERNELS if "rope" in op.name], ids=lambda op: op.name)
+def test_a_rotation_rounds_each_product(op, dtype):
+    assert not re.search(r"fma\.", compiled(op, "sm_90", dtype=dtype))

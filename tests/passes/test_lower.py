@@ -3,15 +3,17 @@
 import dataclasses
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusionpass.arch import Arch
 from fusionpass.launch import Empty, Late, Launch
 from fusionpass.op import Backend
-from fusionpass.ops import rms_norm
+from fusionpass.ops import attention, rms_norm
 from fusionpass.passes.lower import lower
 from fusionpass.report.trace import GraphTrace, Record
 
@@ -93,3 +95,20 @@ def test_strides_that_no_address_depends_on(making: Callable[[Empty], None]) -> 
     assert lowered(lambda x, w: rms_norm(x, w), X[:1], W).backend == "triton"
     making(Empty((0, 64), torch.bfloat16, (1, 7)))
     assert lowered(lambda x, w: rms_norm(x, w), X[:0], W).backend == "triton"
+
+
+def test_many_tokens_are_attended_by_the_kernel_that_pytorch_chose() -> None:
+    """Some of its results are numbers or nothing, and nobody reads them."""
+
+    def flash(q: Any, k: Any, v: Any, **_: Any) -> Any:
+        return (
+            torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0].transpose(1, 2).contiguous().transpose(1, 2)
+        )
+
+    with FakeTensorMode(), mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", flash):
+        q = torch.empty(1, 8, 300, 64, device="cuda", dtype=torch.bfloat16)
+        graph = make_fx(lambda q: attention(q, q, q))(q).graph
+        lower(graph, GraphTrace(0), Arch("sm_90"))
+    graph.lint()
+    assert "_scaled_dot_product_flash_attention" in str(graph)
+    assert all("val" in node.meta for node in graph.nodes if node.op == "call_function")

@@ -55,7 +55,7 @@ def scaled_mm(
         b_scale: float32, one element, or one for each column, [1, N].
         bias: [N], floating point.
         out_dtype: "bfloat16", "float16" or "float32".
-        fast_accum: where no kernel fits, cuBLAS may sum FP8 products in fewer bits than float32 has.
+        fast_accum: Hopper's matrix units may sum any number of FP8 products in the 14 bits that they have, not 128.
 
     Returns:
         [M, N], contiguous.

@@ -19,12 +19,23 @@ def _finish(y, a_scale, b_scale, bias, row, column, rows, columns, A_SCALES: tl.
 
 
 @triton.jit
-def _prefetch(address, bytes):
-    """Fetch into the L2 cache; multiples of 16."""
+def _prefetch(address, step, count, bytes):
+    """Fetch `bytes` at `address`, and at each of `count` steps from there, into the L2 cache; multiples of 16.
+
+    One thread a step: a tensor of addresses would be spread over all threads, each address many times.
+    """
     tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-        "=r,l,r",
-        [address, bytes],
+        """{
+        .reg .pred wanted; .reg .u32 thread; .reg .u64 place;
+        mov.u32 thread, %tid.x;
+        setp.lt.u32 wanted, thread, $3;
+        cvt.u64.u32 place, thread;
+        mad.lo.u64 place, place, $2, $1;
+        @wanted cp.async.bulk.prefetch.L2.global [place], $4;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,l,r,r",
+        [address, step, count, bytes],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -50,6 +61,8 @@ def stream_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     SPLITS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    SUMMED: tl.constexpr,
     A_SCALES: tl.constexpr,
     B_SCALES: tl.constexpr,
     PDL: tl.constexpr,
@@ -59,7 +72,8 @@ def stream_kernel(
 
     EVEN: they are a multiple of DEPTH. ROWS is 1 (products one by one) or a size that `tl.dot` takes. With SPLITS > 1
     the sums go to `sums`, [SPLITS, rows, columns], for `split_kernel`, else to `out`, [rows, columns].
-    EARLY fetches `b` before the wait: the preceding kernel must not have written it.
+    SUMMED: how many FP8 products Hopper's matrix units may sum in the bits that they have, before float32 is added to.
+    EARLY fetches AHEAD bytes of each column before the wait: the preceding kernel must not have written them.
     """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     share = tl.cdiv(depths, SPLITS * DEPTH) * DEPTH
@@ -70,8 +84,11 @@ def stream_kernel(
     b_columns = b + column.to(tl.int64) * b_column
     exact: tl.constexpr = b.dtype.element_ty == tl.int8
     number: tl.constexpr = tl.int32 if exact else tl.float32
-    if EARLY:
-        _prefetch(tl.where(column < columns, b_columns + first, b), tl.where(column < columns, last - first, 16))
+    if EARLY and AHEAD > 0:
+        start_column = tl.program_id(0) * COLUMNS
+        some = b + start_column.to(tl.int64) * b_column + first
+        step = tl.zeros([], tl.int64) + b_column
+        _prefetch(some, step, tl.minimum(columns - start_column, COLUMNS), tl.minimum(last - first, AHEAD))
     if PDL:
         gdc_wait()
     inside = column < columns
@@ -99,8 +116,7 @@ def stream_kernel(
                 read &= (k < last)[:, None]
             w = tl.load(b_columns[:, None] + k[None, :], wanted, other=0.0)
             x = tl.load(a_rows[None, :] + k[:, None], read, other=0.0)
-            # Hopper's FP8 units sum in fewer bits than float32 unless each product is added outside of them.
-            y = tl.dot(w, x, y, max_num_imprecise_acc=0, out_dtype=number)
+            y = tl.dot(w, x, y, max_num_imprecise_acc=SUMMED, out_dtype=number)
         row, column_of = row[None, :], column[:, None]
         stored = inside[:, None] & (row < rows)
     place = row * columns + column_of

@@ -39,13 +39,10 @@ def _normed(a, b, c, wa, wb, wc, eps, offset, kind: tl.constexpr, DIM: tl.conste
 
 
 @triton.jit
-def _turned(a, b, cos_a, sin_a, cos_b, sin_b, unit, kind: tl.constexpr, LAST: tl.constexpr):
+def _turned(a, b, cos_a, sin_a, cos_b, sin_b, kind: tl.constexpr, LAST: tl.constexpr):
     """`(a cos - b sin, b cos + a sin)`, rounded to `kind` after each step or, with LAST, not at all."""
-    # Products are chosen by what the compiler does not know, or it would add them without rounding: `unit` is 1.
-    a_cos = tl.where(unit > 0.0, a * cos_a, 0.0)
-    b_sin = tl.where(unit > 0.0, b * sin_a, 0.0)
-    b_cos = tl.where(unit > 0.0, b * cos_b, 0.0)
-    a_sin = tl.where(unit > 0.0, a * sin_b, 0.0)
+    a_cos, b_sin = a * cos_a, b * sin_a
+    b_cos, a_sin = b * cos_b, a * sin_b
     if LAST:
         return a_cos - b_sin, b_cos + a_sin
     p = a_cos.to(kind).to(tl.float32) - b_sin.to(kind).to(tl.float32)
@@ -83,7 +80,6 @@ def _one_kind(
     sin_token,
     eps,
     offset,
-    unit,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -148,7 +144,7 @@ def _one_kind(
     if NORM == "before":
         a, b, c = _normed(a, b, c, wa, wb, wc, eps, offset, kind, DIM, AFTER)
     if TURN:
-        a, b = _turned(a, b, cos_a, sin_a, cos_b, sin_b, unit, step, LAST)
+        a, b = _turned(a, b, cos_a, sin_a, cos_b, sin_b, step, LAST)
         if LAST:
             a = a.to(kind).to(tl.float32)
             b = b.to(kind).to(tl.float32)
@@ -218,7 +214,6 @@ def heads_kernel(
     q_eps,
     k_eps,
     offset,
-    unit,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -261,7 +256,7 @@ def heads_kernel(
         _one_kind(
             q, q_out, None, q_weight, cos, sin, outside, head, inside, group, place, at, cached,
             q_group, q_head, q_token, q_out_group, q_out_head, q_out_token, 0, 0, 0,
-            cos_group, cos_token, sin_group, sin_token, q_eps, offset, unit,
+            cos_group, cos_token, sin_group, sin_token, q_eps, offset,
             DIM, HALF, BLOCK, REST, READ_PAIRS, WRITE_PAIRS, PAIRED, NORM, AFTER, LAST,
             cos is not None, PDL,
         )  # fmt: skip
@@ -273,7 +268,7 @@ def heads_kernel(
                 k, k_out, k_cache, k_weight, cos, sin, outside, head, inside, group, place, at, cached,
                 k_group, k_head, k_token, k_out_group, k_out_head, k_out_token,
                 k_cache_group, k_cache_head, k_cache_token,
-                cos_group, cos_token, sin_group, sin_token, k_eps, offset, unit,
+                cos_group, cos_token, sin_group, sin_token, k_eps, offset,
                 DIM, HALF, BLOCK, REST, READ_PAIRS, WRITE_PAIRS, PAIRED, NORM, AFTER, LAST,
             cos is not None, PDL,
             )  # fmt: skip
@@ -284,6 +279,6 @@ def heads_kernel(
             _one_kind(
                 v, None, v_cache, None, cos, sin, outside, head, inside, group, place, at, cached,
                 v_group, v_head, v_token, 0, 0, 0, v_cache_group, v_cache_head, v_cache_token,
-                cos_group, cos_token, sin_group, sin_token, k_eps, offset, unit,
+                cos_group, cos_token, sin_group, sin_token, k_eps, offset,
                 DIM, HALF, BLOCK, REST, False, False, PAIRED, "", AFTER, LAST, False, PDL,
             )  # fmt: skip

@@ -274,7 +274,6 @@ def _plan(
             "q_eps": q_eps,
             "k_eps": k_eps,
             "offset": weight_offset or None,
-            "unit": 1.0,
             "DIM": width,
             "HALF": half,
             "BLOCK": triton.next_power_of_2(half),
@@ -293,5 +292,6 @@ def _plan(
         returns=tuple(name for name, output in outputs.items() if output is not None),
         num_warps=cut.warps,
         pdl=arch.has_pdl,
+        fp_fusion=False,
         mutates=tuple(name for name in ("k_cache", "v_cache") if likes[name] is not None),
     )
