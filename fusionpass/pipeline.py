@@ -43,8 +43,8 @@ def late(config: Config, trace: GraphTrace, parameters: frozenset[Node] = frozen
     def fused(graph: Graph) -> None:
         share_heads(graph)
         bring_together(graph)
-        fuse(graph, folds, trace, config.disable, config.verify)
         products(graph, config.disable)
+        fuse(graph, folds, trace, config.disable, config.verify)
         lay_out(graph)
 
     return [

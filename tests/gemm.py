@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from fusionpass.arch import Arch
 from fusionpass.launch import Launch
-from fusionpass.ops import scaled_mm
+from fusionpass.ops import scaled_mm, scaled_mms
 from fusionpass.ops.gemm import OUTPUTS
+from fusionpass.ops.gemm.several import WEIGHTS
 from fusionpass.ops.gemm.stream import SINGLE
 from tests.kernels import poisoned
 
@@ -39,10 +40,16 @@ def product_of(
 
 @st.composite
 def arguments_for_product(
-    draw: Any, device: str, rows: int, columns: int, k: int, dtypes: tuple[torch.dtype, ...] = (FP8, INT8)
+    draw: Any,
+    device: str,
+    rows: int,
+    columns: int,
+    k: int,
+    dtypes: tuple[torch.dtype, ...] = (FP8, INT8),
+    least: int = 1,
 ) -> dict[str, Any]:
     """Of sizes up to those given; the rows and columns may be wider than K, what lies between them is poison."""
-    m, n = draw(st.integers(1, rows)), draw(st.integers(1, columns))
+    m, n = draw(st.integers(1, rows)), draw(st.integers(least, columns))
     k = 16 * draw(st.integers(1, k // 16))
     dtype = draw(st.sampled_from(dtypes))
     generator = torch.Generator(device).manual_seed(draw(st.integers(0, 2**31)))
@@ -86,17 +93,49 @@ def exact(arguments: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     return result, allowed * terms
 
 
-def check_product(arch: Arch, arguments: Mapping[str, Any], cut: Any = None, early: bool = False) -> torch.Tensor:
-    """Run the kernels: within the roundings of float32 arithmetic, and one to the output's dtype, of what is exact."""
+def each_of(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`scaled_mms`'s arguments as several of `scaled_mm`."""
+    common = {name: arguments[name] for name in ("a", "a_scale", "out_dtype", "fast_accum")}
+    return [
+        common | {name: arguments[f"{name}{which}"] for name in ("b", "b_scale", "bias")}
+        for which in WEIGHTS
+        if arguments.get(f"b{which}") is not None
+    ]
+
+
+@st.composite
+def arguments_for_products(draw: Any, device: str, rows: int, columns: int, k: int) -> dict[str, Any]:
+    """Two or three weights of the same kinds, each with as many columns as it likes."""
+    first = draw(arguments_for_product(device, rows, columns, k, least=2))
+    generator = torch.Generator(device).manual_seed(draw(st.integers(0, 2**31)))
+    made = dict(first)
+    for which in WEIGHTS[1 : draw(st.integers(2, 3))]:
+        n = draw(st.integers(2, columns))
+        made[f"b{which}"] = codes(n, first["b"].shape[0], first["b"].dtype, generator, device).t()
+        one = first["b_scale"].dim() == 0
+        made[f"b_scale{which}"] = torch.rand(() if one else (1, n), generator=generator, device=device).add(0.5).div(64)
+        if first["bias"] is not None:
+            bias = torch.randn(n, generator=generator, device=device)
+            made[f"bias{which}"] = bias.to(first["bias"].dtype)
+    return scaled_mms.bind((), made)
+
+
+def check_product(arch: Arch, arguments: dict[str, Any], cut: Any = None, early: bool = False) -> torch.Tensor:
+    """Run the kernels: within the roundings of float32 arithmetic, and one to the output's dtype, of what is exact.
+
+    With arguments of `scaled_mms`, all of its products; the first is returned.
+    """
+    op = scaled_mms if "b_2" in arguments else scaled_mm
     with mock.patch("fusionpass.ops.gemm.stream.configure", return_value=cut) if cut else mock.MagicMock():
-        launch, reason = scaled_mm.plan(arch, arguments)
+        launch, reason = op.plan(arch, arguments)
     assert isinstance(launch, Launch), reason
     with poisoned():
-        (got,) = (launch.reading_early() if early else launch).run()
-    expected, slack = exact(arguments)
-    assert (got.shape, got.dtype, got.is_contiguous()) == (expected.shape, OUTPUTS[arguments["out_dtype"]], True)
-    finest = torch.finfo(got.dtype)
-    step = torch.maximum(expected.abs() * finest.eps, torch.tensor(finest.smallest_normal * finest.eps)) / 2
-    wrong = (got.double() - expected).abs() > slack * (1 + finest.eps) + step
-    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()}, the first at {wrong.nonzero()[0].tolist()}"
-    return got
+        results = (launch.reading_early() if early else launch).run()
+    for got, given in zip(results, each_of(arguments), strict=True):
+        expected, slack = exact(given)
+        assert (got.shape, got.dtype, got.is_contiguous()) == (expected.shape, OUTPUTS[given["out_dtype"]], True)
+        finest = torch.finfo(got.dtype)
+        step = torch.maximum(expected.abs() * finest.eps, torch.tensor(finest.smallest_normal * finest.eps)) / 2
+        wrong = (got.double() - expected).abs() > slack * (1 + finest.eps) + step
+        assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()}, the first at {wrong.nonzero()[0].tolist()}"
+    return results[0]

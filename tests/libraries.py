@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import fusionpass
 from fusionpass import Arch, Config, Report, pipeline
+from fusionpass.ops import scaled_mms
+from tests.gemm import each_of
 
 WIDTH, OUT = 256, 128
 RCEIL, LOG2 = "mxfp8,layout=swizzled", "mxfp8,layout=swizzled,scale_rounding=log2_ceil"
@@ -222,6 +224,10 @@ def trace(variant: Variant, model: nn.Module, *args: torch.Tensor) -> Trace:
     return Trace(before, after, report)
 
 
+OPERANDS = ("a", "b", "a_scale", "b_scale")
+"""Of a product, in the order of `torch._scaled_mm`."""
+
+
 class Operands(Interpreter):
     """Runs a graph that was traced for a GPU on the CPU, and keeps what its matrix products are given."""
 
@@ -231,10 +237,12 @@ class Operands(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         if n.op == "call_function" and re.search(r"_mm|gemm", str(n.target)):
-            args, _ = self.fetch_args_kwargs_from_env(n)
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            if n.target is scaled_mms.overload:
+                args = [[one[name] for name in OPERANDS] for one in each_of(scaled_mms.bind(args, kwargs))]
             self.found += [a for a in tree_leaves(args) if isinstance(a, torch.Tensor)]
             # What is done to a product of ones shows the scales that come later.
-            return torch.ones(n.meta["val"].shape, dtype=n.meta["val"].dtype)
+            return tree_map(lambda val: torch.ones(val.shape, dtype=val.dtype), n.meta["val"])
         return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from torch.fx import Graph, Node
 
 from ..graphs import (
+    VIEWS,
+    aten,
     differs,
     erase_unused,
     inherit,
@@ -20,6 +22,8 @@ from ..report.trace import GraphTrace, Record, Site
 from ..rule import Beside
 from ..verify import check_rewrite
 from .recognise import disabled
+
+_VIEWS = (*VIEWS, aten.permute.default, aten.t.default, aten.transpose.int)
 
 
 def site_of(node: Node) -> Site:
@@ -75,6 +79,16 @@ def _read_by(node: Node, op: Op) -> bool:
     return any(user.target is op.overload for user in node.users)
 
 
+def _before(node: Node, point: Node, moved: list[Node]) -> bool:
+    """Whether `node` is there before `point`, or would be if the views in `moved`, in order, were made earlier."""
+    if node < point or node in moved:
+        return True
+    if node.target not in _VIEWS or not all(_before(source, point, moved) for source in node.all_input_nodes):
+        return False
+    moved.append(node)
+    return True
+
+
 def _join(
     graph: Graph, rule: Beside, first: Node, second: Node, infer: Inference, written: Sequence[Node], verify: bool
 ) -> Refusal:
@@ -89,9 +103,10 @@ def _join(
         targets |= {names.get(name, name): output for name, output in named_outputs(op, node).items()}
     readers = [user for output in targets.values() for user in output.users]
     point = min(readers, default=max(first, second))
-    late = [a for a in inputs if not a < point]
-    if late:
-        return f"{late[0].name} is computed after {point.name} reads a result of the other"
+    moved: list[Node] = []
+    for a in inputs:
+        if not _before(a, point, moved):
+            return f"{a.name} is computed after {point.name} reads a result of the other"
     begin, *_, end = sorted((first, second, point))
     if reason := mutated(written, begin, end):
         return reason
@@ -106,6 +121,8 @@ def _join(
         old = sorted({first, second, *targets.values()})
         if wrong := check_rewrite(old, list(targets.values()), rule.fused, arguments, list(targets)):
             return wrong
+    for view in moved:
+        point.prepend(view)
     with graph.inserting_before(point):
         fused = graph.call_function(rule.fused.overload, *rule.fused.call(arguments))
     fused.meta = inherit(first, results)

@@ -182,18 +182,22 @@ class CudaDevice:
 
     def _abandon(self, graph: torch.cuda.CUDAGraph, pool: Pool) -> None:
         """End a capture that failed, whatever state it is in."""
-        with contextlib.suppress(RuntimeError):
-            graph.capture_end()
-        graph.reset()
         try:
-            torch._C._cuda_endAllocateToPool(self._index, pool.id)
+            graph.capture_end()
         except RuntimeError:
-            return  # it ended in order
-        # An invalidated capture of torch 2.11 leaves its allocators and the random generator in it: an empty one that
-        # ends in order takes the generator out. What allocates host memory cannot be told.
-        pool.spoiled = True
-        torch._C._cuda_releasePool(self._index, pool.id)
+            pass
+        else:
+            graph.reset()
+            return
+        # A capture of torch 2.11 that does not end in order leaves allocators and the random generator in it, which
+        # keep the graph's address. What allocates host memory cannot be told.
+        graph.reset()
         _ABANDONED.append(graph)
+        pool.spoiled = True
+        with contextlib.suppress(RuntimeError):  # the end came so far, or torch is one that cleans up
+            torch._C._cuda_endAllocateToPool(self._index, pool.id)
+            torch._C._cuda_releasePool(self._index, pool.id)
+        # An empty one that ends in order takes the generator out.
         empty = torch.cuda.CUDAGraph()
         empty.capture_begin(capture_error_mode="thread_local")
         empty.capture_end()

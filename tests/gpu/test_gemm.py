@@ -14,7 +14,7 @@ from fusionpass.testing import difference
 
 pytest.importorskip("triton")
 from fusionpass.ops.gemm.stream import ROWS, Cut
-from tests.gemm import FP8, INT8, arguments_for_product, check_product, product_of
+from tests.gemm import FP8, INT8, arguments_for_product, arguments_for_products, check_product, product_of
 
 DEVICE = torch.device("cuda")
 # One row multiplies one by one; 16, 32 and 64 are what the others are padded to.
@@ -32,6 +32,16 @@ def test_drawn_arguments(dtype: torch.dtype, rows: int, cut: Cut | None, data: s
     k = data.draw(st.sampled_from([16, 64, 272, 4096]))
     arguments = data.draw(arguments_for_product("cuda", rows, 600, k, (dtype,)))
     check_product(Arch.of(DEVICE), arguments, cut if cut != CUTS[1] or rows == 1 else None, data.draw(st.booleans()))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64])
+@pytest.mark.parametrize("cut", [None, Cut(64, 128, splits=3, stages=3)], ids=str)
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_several_weights(rows: int, cut: Cut | None, data: st.DataObject) -> None:
+    k = data.draw(st.sampled_from([16, 272, 4096]))
+    arguments = data.draw(arguments_for_products("cuda", rows, 600, k))
+    check_product(Arch.of(DEVICE), arguments, cut, data.draw(st.booleans()))
 
 
 def made(rows: int, columns: int, k: int, dtype: torch.dtype = FP8, **changes: Any) -> dict[str, Any]:

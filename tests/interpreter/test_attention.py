@@ -1,6 +1,7 @@
 """The decode kernels through Triton's interpreter."""
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from fusionpass.arch import Arch
 from fusionpass.ops import attention
+from fusionpass.ops.attention import decode_triton
 from fusionpass.ops.attention.decode_triton import Cut
 from tests.attention import arguments_for_attention, check_attention, cuts, families
 
@@ -51,7 +53,10 @@ def cache(positions: int, **changes: Any) -> dict[str, Any]:
 @slow
 @given(data=st.data())
 def test_drawn_arguments(data: st.DataObject) -> None:
-    check_attention(ARCH, data.draw(arguments_for_attention(data.draw(families()), "cpu", 300)), data.draw(cuts()))
+    arguments = data.draw(arguments_for_attention(data.draw(families()), "cpu", 300))
+    scans = {"SCAN": data.draw(st.sampled_from([16, 128, 2048])), "SCANS": data.draw(st.sampled_from([0, 4, 100]))}
+    with mock.patch.multiple(decode_triton, **scans):
+        check_attention(ARCH, arguments, data.draw(cuts()))
 
 
 @pytest.fixture

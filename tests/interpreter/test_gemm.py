@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fusionpass.arch import Arch
 from fusionpass.ops import scaled_mm
 from fusionpass.ops.gemm.stream import Cut
-from tests.gemm import FP8, INT8, arguments_for_product, check_product, product_of
+from tests.gemm import FP8, INT8, arguments_for_product, arguments_for_products, check_product, product_of
 
 # No programmatic dependent launch in these: the interpreter has no grids to wait for.
 ARCH = Arch("sm_89")
@@ -22,6 +22,14 @@ def test_drawn_arguments(data: st.DataObject) -> None:
     arguments = data.draw(arguments_for_product("cpu", 40, 80, 320))
     cuts = st.builds(Cut, st.sampled_from([16, 32]), st.sampled_from([32, 64, 128]), st.sampled_from([1, 1, 2, 3, 20]))
     check_product(ARCH, arguments, data.draw(cuts))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_several_weights(data: st.DataObject) -> None:
+    arguments = data.draw(arguments_for_products("cpu", 40, 70, 160))
+    cuts = st.builds(Cut, st.sampled_from([16, 32]), st.sampled_from([32, 64]), st.sampled_from([1, 1, 2, 3]))
+    check_product(ARCH, arguments, data.draw(st.one_of(st.none(), cuts)))
 
 
 @pytest.mark.parametrize("dtype", [FP8, INT8], ids=str)

@@ -12,8 +12,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from fusionpass.arch import Arch
 from fusionpass.errors import ArgumentError
 from fusionpass.launch import Late, Launch
-from fusionpass.ops import scaled_mm
-from tests.gemm import FP8, INT8, arguments_for_product, exact, product_of
+from fusionpass.ops import scaled_mm, scaled_mms
+from tests.gemm import FP8, INT8, arguments_for_product, each_of, exact, product_of
 
 pytest.importorskip("triton")
 
@@ -129,10 +129,50 @@ def test_a_split_is_two_launches_that_read_the_weight_early(monkeypatch: pytest.
     whole, _ = scaled_mm.plan(H100, arguments())
     assert isinstance(whole, Launch)
     assert whole.all == (whole,)
-    monkeypatch.setattr(stream, "configure", lambda *_: stream.Cut(16, 32, splits=2))
-    launch, _ = scaled_mm.plan(H100, arguments())
+    for ahead in (0, 4096):
+        monkeypatch.setattr(stream, "configure", lambda *_, n=ahead: stream.Cut(16, 32, splits=2, ahead=n))
+        launch, _ = scaled_mm.plan(H100, arguments())
+        assert isinstance(launch, Launch)
+        assert launch.before[0].early == (("b",) if ahead else ())
     assert isinstance(launch, Launch)
     (product,) = launch.before
     assert product.args["sums"] is launch.args["sums"]
     assert launch.early == ()
     assert [part.args.get("EARLY") for part in launch.reading_early().all] == [True, None]
+
+
+def several(**changes: Any) -> dict[str, Any]:
+    """Arguments of three weights of 48, 32 and 16 columns."""
+    made: dict[str, Any] = {**arguments()}
+    for which, columns in (("_2", 32), ("_3", 16)):
+        other = product_of(1, columns, 64)
+        made |= {f"b{which}": other["b"], f"b_scale{which}": other["b_scale"]}
+    return scaled_mms.bind((), {**made, **changes})
+
+
+def test_several_are_each() -> None:
+    given = several()
+    results = scaled_mms.reference(**given)
+    assert scaled_mms.outputs(given) == ("product", "product_2", "product_3")
+    assert len(scaled_mms.outputs(several(b_3=None, b_scale_3=None))) == 2
+    for got, one in zip(results, each_of(given), strict=True):
+        assert torch.equal(got, scaled_mm.reference(**one))
+
+
+@pytest.mark.parametrize("changes", [{"b_3": None}, {"b_scale_3": None}])
+def test_a_third_weight_has_a_scale(changes: dict[str, None]) -> None:
+    with pytest.raises(ArgumentError, match="only one of b_3 and b_scale_3"):
+        scaled_mms(**several(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"b_2": torch.zeros(1, 64, dtype=FP8).t(), "b_scale_2": torch.ones(1, 1)}, "a weight has one column"),
+        ({"b_scale_2": torch.ones(())}, "the weights' scales or biases are of different kinds"),
+        ({"bias": torch.ones(48)}, "the weights' scales or biases are of different kinds"),
+        ({"b_3": torch.zeros(64, 16, dtype=FP8)}, "b has strides (16, 1), not columns of 16 bytes each"),
+    ],
+)
+def test_what_the_kernel_refuses_of_several(changes: dict[str, Any], why: str) -> None:
+    assert scaled_mms.plan(H100, several(**changes)) == (None, f"triton: {why}")

@@ -17,6 +17,9 @@ ROWS = 32
 """Rows, tokens times query heads, that share a KV head: more are for kernels that are bound by their products."""
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304, "gfx950": 256}
 """Multiprocessors, or compute units, of A100, H100, B200, RTX 5090, MI300X and MI355X."""
+SCAN, SCANS = 2048, 4
+"""Positions of a mask that are looked through at once, for the first and the last that is seen, and how often at most:
+each program does it, and waits for it."""
 ANY_POSITIONS, ANY_BATCH = 32, 8
 """Splits at most where the number of positions, or that of KV heads in the batch, is not known."""
 
@@ -152,6 +155,8 @@ def plan_attention(
             **columns,
             "BLOCK": cut.block,
             "SPLITS": cut.splits,
+            "SCAN": SCAN,
+            "SCANS": SCANS,
             "PDL": arch.has_pdl,
         },
         returns=() if split else ("out",),

@@ -45,16 +45,28 @@ def _prefetch(address, step, count, bytes):
 @triton.jit
 def stream_kernel(
     a,
-    b,
     a_scale,
+    b,
     b_scale,
     bias,
     out,
+    b_2,
+    b_scale_2,
+    bias_2,
+    out_2,
+    b_3,
+    b_scale_3,
+    bias_3,
+    out_3,
     sums,
     rows,
     columns,
+    columns_2,
+    columns_3,
     a_row,
     b_column,
+    b_column_2,
+    b_column_3,
     depths,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -68,14 +80,41 @@ def stream_kernel(
     PDL: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """COLUMNS columns of `b` against all rows of `a` a program, over a share of the `depths` where they are split.
+    """COLUMNS columns of one `b` against all rows of `a` a program, over a share of the `depths` where they are split.
 
+    The programs of `b_2` and `b_3`, which may be None, come behind those of `b`.
     EVEN: they are a multiple of DEPTH. ROWS is 1 (products one by one) or a size that `tl.dot` takes. With SPLITS > 1
-    the sums go to `sums`, [SPLITS, rows, columns], for `split_kernel`, else to `out`, [rows, columns].
+    the sums go to `sums`, [SPLITS, rows, columns of all], for `split_kernel`, else to `out`, [rows, columns].
     SUMMED: how many FP8 products Hopper's matrix units may sum in the bits that they have, before float32 is added to.
     EARLY fetches AHEAD bytes of each column before the wait: the preceding kernel must not have written them.
     """
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    block = tl.program_id(0)
+    whole = columns
+    before = 0
+    if b_2 is not None:
+        blocks = tl.cdiv(columns, COLUMNS)
+        whole += columns_2
+        if b_3 is not None:
+            behind = blocks + tl.cdiv(columns_2, COLUMNS)
+            whole += columns_3
+            if block >= behind:
+                block -= behind
+                before = columns + columns_2
+                b, b_scale, columns, b_column = b_3, b_scale_3, columns_3, b_column_3
+                if SPLITS == 1:
+                    out = out_3
+                if bias is not None:
+                    bias = bias_3
+                blocks = tl.num_programs(0)
+        if block >= blocks:
+            block -= blocks
+            before = columns
+            b, b_scale, columns, b_column = b_2, b_scale_2, columns_2, b_column_2
+            if SPLITS == 1:
+                out = out_2
+            if bias is not None:
+                bias = bias_2
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
     share = tl.cdiv(depths, SPLITS * DEPTH) * DEPTH
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, depths)
@@ -85,7 +124,7 @@ def stream_kernel(
     exact: tl.constexpr = b.dtype.element_ty == tl.int8
     number: tl.constexpr = tl.int32 if exact else tl.float32
     if EARLY and AHEAD > 0:
-        start_column = tl.program_id(0) * COLUMNS
+        start_column = block * COLUMNS
         some = b + start_column.to(tl.int64) * b_column + first
         step = tl.zeros([], tl.int64) + b_column
         _prefetch(some, step, tl.minimum(columns - start_column, COLUMNS), tl.minimum(last - first, AHEAD))
@@ -119,16 +158,15 @@ def stream_kernel(
             y = tl.dot(w, x, y, max_num_imprecise_acc=SUMMED, out_dtype=number)
         row, column_of = row[None, :], column[:, None]
         stored = inside[:, None] & (row < rows)
-    place = row * columns + column_of
     if SPLITS == 1:
         y = _finish(y, a_scale, b_scale, bias, row, column_of, rows, columns, A_SCALES, B_SCALES)
         if PDL:
             gdc_launch_dependents()
-        tl.store(out + place, y.to(out.dtype.element_ty), stored)
+        tl.store(out + row * columns + column_of, y.to(out.dtype.element_ty), stored)
     else:
         if PDL:
             gdc_launch_dependents()
-        tl.store(sums + tl.program_id(1) * rows * columns + place, y, stored)
+        tl.store(sums + (tl.program_id(1) * rows + row) * whole + before + column_of, y, stored)
 
 
 @triton.jit
@@ -138,8 +176,16 @@ def split_kernel(
     b_scale,
     bias,
     out,
+    b_scale_2,
+    bias_2,
+    out_2,
+    b_scale_3,
+    bias_3,
+    out_3,
     rows,
     columns,
+    columns_2,
+    columns_3,
     SPLITS: tl.constexpr,
     COLUMNS: tl.constexpr,
     A_SCALES: tl.constexpr,
@@ -148,13 +194,35 @@ def split_kernel(
 ):
     """The sums of all splits, added in order: COLUMNS columns of one row a program."""
     row = tl.program_id(1)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    block = tl.program_id(0)
+    whole = columns
+    before = 0
+    if out_2 is not None:
+        blocks = tl.cdiv(columns, COLUMNS)
+        whole += columns_2
+        if out_3 is not None:
+            behind = blocks + tl.cdiv(columns_2, COLUMNS)
+            whole += columns_3
+            if block >= behind:
+                block -= behind
+                before = columns + columns_2
+                b_scale, out, columns = b_scale_3, out_3, columns_3
+                if bias is not None:
+                    bias = bias_3
+                blocks = tl.num_programs(0)
+        if block >= blocks:
+            block -= blocks
+            before = columns
+            b_scale, out, columns = b_scale_2, out_2, columns_2
+            if bias is not None:
+                bias = bias_2
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
     if PDL:
         gdc_wait()
     y = tl.zeros([COLUMNS], sums.dtype.element_ty)
     for split in tl.static_range(SPLITS):
-        y += tl.load(sums + (split * rows + row) * columns + column, inside, other=0.0)
+        y += tl.load(sums + (split * rows + row) * whole + before + column, inside, other=0.0)
     y = _finish(y, a_scale, b_scale, bias, row, column, rows, columns, A_SCALES, B_SCALES)
     if PDL:
         gdc_launch_dependents()

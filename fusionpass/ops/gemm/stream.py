@@ -31,7 +31,8 @@ class Cut:
         splits: programs that share their columns.
         warps: per program.
         stages: steps in flight.
-        ahead: bytes of each column that are fetched while the kernel before still runs.
+        ahead: bytes of each column that are fetched while the kernel before still runs; 0 behind another product, which
+            needs the memory itself.
     """
 
     columns: int
@@ -94,6 +95,10 @@ def _refuse(
     return None
 
 
+Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""A matrix of codes, its scale and the bias behind its product."""
+
+
 def plan_scaled_mm(
     arch: Arch,
     a: torch.Tensor,
@@ -105,65 +110,110 @@ def plan_scaled_mm(
     fast_accum: bool = False,
 ) -> Launch | Late | str:
     """The launches that run `scaled_mm` where `a` has few rows, or why there are none."""
-    if reason := _refuse(arch, a, b, a_scale, b_scale, bias):
-        return reason
-    rows, (k, columns) = static(a.shape[0]), b.shape
-    single = is_single(a_scale) and is_single(b_scale) and a.dtype != torch.int8
+    return _plan(arch, a, a_scale, [(b, b_scale, bias)], out_dtype, fast_accum)
+
+
+def plan_scaled_mms(
+    arch: Arch,
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    b_2: torch.Tensor,
+    b_scale_2: torch.Tensor,
+    b_3: torch.Tensor | None = None,
+    b_scale_3: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    bias_2: torch.Tensor | None = None,
+    bias_3: torch.Tensor | None = None,
+    out_dtype: str = "bfloat16",
+    fast_accum: bool = False,
+) -> Launch | Late | str:
+    """The launches that run `scaled_mms`, likewise."""
+    weights: list[Weight] = [(b, b_scale, bias), (b_2, b_scale_2, bias_2)]
+    if b_3 is not None and b_scale_3 is not None:
+        weights.append((b_3, b_scale_3, bias_3))
+    if any(b.shape[1] == 1 for b, _, _ in weights):
+        return "a weight has one column"
+    kinds = {(is_single(scale), None if bias is None else bias.dtype) for _, scale, bias in weights}
+    if len(kinds) > 1:
+        return "the weights' scales or biases are of different kinds"
+    return _plan(arch, a, a_scale, weights, out_dtype, fast_accum)
+
+
+def _plan(
+    arch: Arch, a: torch.Tensor, a_scale: torch.Tensor, weights: list[Weight], out_dtype: str, fast_accum: bool
+) -> Launch | Late | str:
+    for b, b_scale, bias in weights:
+        if reason := _refuse(arch, a, b, a_scale, b_scale, bias):
+            return reason
+    rows, k = static(a.shape[0]), weights[0][0].shape[0]
+    b_scales = not is_single(weights[0][1])
+    single = is_single(a_scale) and not b_scales and a.dtype != torch.int8
     most = SINGLE if single else ROWS
     if rows is None:
         return Late(f"up to {most} rows have a kernel, more go to cuBLAS")
     if rows > most:
         return f"{rows} rows are bound by their products (at most {most})"
-    cut = configure(arch, rows, columns, k)
+    columns = [b.shape[1] for b, _, _ in weights]
+    cut = configure(arch, rows, sum(columns), k)
     split = cut.splits > 1
-    out = Empty((rows, columns), OUTPUTS[out_dtype])
+    matrices: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
+    outs: dict[str, Any] = {}
+    steps: dict[str, Any] = {}
+    for i, name in enumerate(("", "_2", "_3")):
+        given = weights[i] if i < len(weights) else (None, None, None)
+        matrices[f"b{name}"], sizes[f"b_scale{name}"], sizes[f"bias{name}"] = given
+        sizes[f"columns{name}"], steps[f"b_column{name}"], outs[f"out{name}"] = 0, 0, None
+        if i < len(weights):
+            sizes[f"columns{name}"], steps[f"b_column{name}"] = columns[i], weights[i][0].stride(1)
+            outs[f"out{name}"] = Empty((rows, columns[i]), OUTPUTS[out_dtype])
+    returns = tuple(name for name, out in outs.items() if out is not None)
     number = torch.int32 if a.dtype == torch.int8 else torch.float32
-    sums = Empty((cut.splits, rows, columns), number) if split else None
     shared = {
+        **sizes,
         "a_scale": a_scale,
-        "b_scale": b_scale,
-        "bias": bias,
+        "sums": Empty((cut.splits, rows, sum(columns)), number) if split else None,
         "rows": rows,
-        "columns": columns,
+        "SPLITS": cut.splits,
         "A_SCALES": not is_single(a_scale),
-        "B_SCALES": not is_single(b_scale),
+        "B_SCALES": b_scales,
         "PDL": arch.has_pdl,
     }
     product = Launch(
         stream_kernel,
-        (triton.cdiv(columns, cut.columns), cut.splits),
+        (sum(triton.cdiv(size, cut.columns) for size in columns), cut.splits),
         {
             **shared,
+            **matrices,
+            **steps,
+            **(dict.fromkeys(outs) if split else outs),
             "a": a,
-            "b": b,
-            "out": None if split else out,
-            "sums": sums,
             "a_row": a.stride(0),
-            "b_column": b.stride(1),
             "depths": k,
             "EVEN": k % cut.depth == 0,
             "ROWS": 1 if rows == 1 else max(16, triton.next_power_of_2(rows)),
             "COLUMNS": cut.columns,
             "DEPTH": cut.depth,
-            "SPLITS": cut.splits,
             "AHEAD": cut.ahead,
             "SUMMED": cut.depth if fast_accum else min(SUMMED, cut.depth),
             "EARLY": False,
         },
-        returns=() if split else ("out",),
+        returns=() if split else returns,
         num_warps=cut.warps,
         num_stages=cut.stages,
         pdl=arch.has_pdl,
-        early=("b",) if arch.has_pdl else (),
+        early=tuple(matrices)[: len(weights)] if arch.has_pdl and cut.ahead else (),
     )
     if not split:
         return product
     block = 1024
     return Launch(
         split_kernel,
-        (triton.cdiv(columns, block), rows),
-        {**shared, "sums": sums, "out": out, "SPLITS": cut.splits, "COLUMNS": block},
-        returns=("out",),
+        (sum(triton.cdiv(size, block) for size in columns), rows),
+        {**shared, **outs, "COLUMNS": block},
+        returns=returns,
         pdl=arch.has_pdl,
         before=(product,),
     )
