@@ -141,6 +141,20 @@ def test_programmatic_dependent_launch_reaches_the_kernel() -> None:
     assert asked == ("'launch_pdl': True" in source), "a kernel that waits is launched with PDL, and no other"
 
 
+def test_a_rotation_is_compiled_without_fused_multiply_adds() -> None:
+    def make() -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty(shape, device="cuda") for shape in ((1, 8, 16, 64), (1, 16, 64), (1, 16, 64)))
+
+    source, session = generated("sm_90", make, lambda x, cos, sin: torch.ops.fusionpass.rope(x, cos, sin))
+    assert [record.backend for record in session.report.fused] == ["triton"]
+    assert (
+        source.count("triton_meta={'enable_fp_fusion': False")
+        == len(re.findall(r"heads_kernel\w*\.run\(", source))
+        == 1
+    )
+    assert "enable_fp_fusion" not in generated("sm_90")[0]
+
+
 def test_numbers_reach_the_kernel_in_float32() -> None:
     source, _ = generated("sm_90")
     (signature,) = set(re.findall(r"'signature': (\{[^}]*'x_row'[^}]*\})", source))
