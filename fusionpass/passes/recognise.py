@@ -1,6 +1,6 @@
 """recognise: spelling → op. No op is made whose inputs, shapes and dtypes are not proven equal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -73,7 +73,7 @@ def recognise(
             # The first spelling is the longest: it says best what is in the way.
             refused = [record for record in refused if record.rule == refused[0].rule]
             # A mean or an exponential alone is no candidate; half a spelling around it is.
-            furthest = None if refused else _furthest(spellings, anchor)
+            furthest = None if refused else _furthest(near, anchor)
             if furthest is not None:
                 attempt, spelling = furthest
                 if marks_a_site(anchor) or 2 * attempt.matched > attempt.total:
@@ -95,13 +95,10 @@ def recognise(
     trace.missed += [record for anchor, record in missed.items() if not anchor._erased]
 
 
-def _furthest(spellings: list[Spelling], anchor: Node) -> tuple[Attempt, Spelling] | None:
-    """The attempt that got furthest from an anchor where nothing matches, over all combinations of dtypes."""
+def _furthest(near: Mapping[Spelling, list[Pattern]], anchor: Node) -> tuple[Attempt, Spelling] | None:
+    """The attempt that got furthest from an anchor where nothing matches."""
     furthest: tuple[Attempt, Spelling] | None = None
-    key = anchor_key(anchor)
-    devices = [val.device.type for n in (anchor, *anchor.all_input_nodes) if (val := value(n)) is not None]
-    for spelling in spellings if devices else ():
-        patterns = [pattern for pattern in spelling.patterns(devices[0]) if pattern.key == key]
+    for spelling, patterns in near.items():
         found = _search(spelling, patterns, anchor)
         if isinstance(found, Attempt) and (furthest is None or found.matched > furthest[0].matched):
             furthest = found, spelling

@@ -106,9 +106,9 @@ def decode_kernel(
     """One KV head and one split of the positions a program, for all query heads and tokens that read that head.
 
     Split s takes blocks s, s + SPLITS, …: wherever the visible positions are, they are shared evenly. Rows are tokens ×
-    GROUP query heads. MASK_ROWS is 1 where all rows have one mask; it is looked through first if it has SCANS times SCAN
-    positions at most. ADDED: it is added. With one split the result goes to `out`, else the parts to `sums`, `peaks` and
-    `totals`; a part that has seen nothing leaves `sums` unwritten.
+    GROUP query heads. MASK_ROWS is 1 where all rows have one mask; it is looked through first if it has SCANS times
+    SCAN positions at most. ADDED: it is added. With one split the result goes to `out`, else the parts to `sums`,
+    `peaks` and `totals`; a part that has seen nothing leaves `sums` unwritten.
     """
     pid = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
