@@ -60,6 +60,12 @@ class Arch:
         return self.capability >= 89 or self.name == "gfx950"
 
     @property
+    def multiprocessors(self) -> int:
+        """Multiprocessors, or compute units, of A100, H100, B200, RTX 5090, MI300X and MI355X; 128 if not known."""
+        known = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304, "gfx950": 256}
+        return known.get(self.name, 128)
+
+    @property
     def has_pdl(self) -> bool:
         """Programmatic dependent launch: Hopper and newer."""
         return self.capability >= 90

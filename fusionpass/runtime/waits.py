@@ -19,11 +19,13 @@ class NoWaits(TorchDispatchMode):
             the host that is not pinned.
     """
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at each operator's tags and tensors, then run it."""
         given = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, given)) if isinstance(leaf, Tensor)]
-        if _SHAPED_BY_VALUES.intersection(func.tags) and any(t.is_cuda for t in tensors):
+        if _SHAPED_BY_VALUES.intersection(getattr(func, "tags", ())) and any(t.is_cuda for t in tensors):
             raise RuntimeError(f"{func} waits for the device to know its result")
         if func is torch.ops.aten.copy_.default:
             _refuse_copy(func, tensors[1], tensors[0].device, tensors[0])

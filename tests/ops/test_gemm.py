@@ -16,6 +16,7 @@ from fusionpass.ops import scaled_mm, scaled_mms
 from tests.gemm import FP8, INT8, arguments_for_product, each_of, exact, product_of
 
 pytest.importorskip("triton")
+from fusionpass.ops.gemm.stream import Cut, configure
 
 H100 = Arch("sm_90")
 
@@ -176,3 +177,36 @@ def test_a_third_weight_has_a_scale(changes: dict[str, None]) -> None:
 )
 def test_what_the_kernel_refuses_of_several(changes: dict[str, Any], why: str) -> None:
     assert scaled_mms.plan(H100, several(**changes)) == (None, f"triton: {why}")
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "k", "cut"),
+    [
+        (1, 6144, 4096, Cut(8, 512, stages=1)),
+        (1, 4096, 12288, Cut(4, 1024, warps=2, stages=1)),
+        (8, 6144, 4096, Cut(64, 128, stages=6)),
+        (8, 4096, 4096, Cut(64, 256, 4, stages=3)),
+        (8, 1024, 4096, Cut(64, 256, 8, stages=3)),
+        (8, 1024, 512, Cut(64, 256, 2, stages=3)),
+        (32, 24576, 4096, Cut(64, 256, stages=3)),
+        (32, 1024, 4096, Cut(64, 256, 4, stages=3)),
+        (64, 24576, 4096, Cut(64, 128, stages=6)),
+        (64, 4096, 12288, Cut(64, 128, 2, stages=6)),
+    ],
+)
+def test_the_cut_is_what_was_measured_best(rows: int, columns: int, k: int, cut: Cut) -> None:
+    assert configure(H100, rows, columns, k) == cut
+
+
+@given(
+    name=st.sampled_from(["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"]),
+    rows=st.integers(1, 64),
+    columns=st.integers(1, 2**18),
+    steps=st.integers(1, 2**12),
+)
+def test_every_cut_fits(name: str, rows: int, columns: int, steps: int) -> None:
+    """Tiles of both operands into a multiprocessor's shared memory, and no split is without a step."""
+    cut = configure(Arch(name), rows, columns, 16 * steps)
+    shared = {"sm_90": 227, "sm_100": 227, "sm_80": 163, "gfx950": 160}.get(name, 64 if "gfx" in name else 99)
+    assert rows == 1 or (cut.columns + max(16, rows)) * cut.depth * cut.stages <= shared * 1024
+    assert cut.splits == 1 or cut.splits * cut.depth <= 16 * steps

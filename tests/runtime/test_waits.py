@@ -19,6 +19,7 @@ RUNS = {
     "product": lambda gpu, cpu: gpu @ gpu,
     "cast": lambda gpu, cpu: gpu.to(torch.float16),
     "copy": lambda gpu, cpu: gpu.copy_(gpu.t()),
+    "higher-order": lambda gpu, cpu: torch.ops.higher_order.cond(True, torch.sin, torch.cos, (gpu,)),
     "of the host": lambda gpu, cpu: (cpu.to(torch.int8), cpu.copy_(cpu.t())),
 }
 

@@ -15,8 +15,6 @@ from .decode_kernel import combine_kernel, decode_kernel
 
 ROWS = 32
 """Rows, tokens times query heads, that share a KV head: more are for kernels that are bound by their products."""
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304, "gfx950": 256}
-"""Multiprocessors, or compute units, of A100, H100, B200, RTX 5090, MI300X and MI355X."""
 SCAN, SCANS = 2048, 4
 """Positions of a mask that are looked through at once, for the first and the last that is seen, and how often at most:
 each program does it, and waits for it."""
@@ -47,7 +45,7 @@ def configure(arch: Arch, kv_heads: int | None, positions: int | None, width: in
     long the fewest, since each is another part to combine.
     """
     block = max(32, min(128, 8192 // triton.next_power_of_2(width)))
-    most = ANY_BATCH if kv_heads is None else max(1, 2 * PROCESSORS.get(arch.name, 128) // max(1, kv_heads))
+    most = ANY_BATCH if kv_heads is None else max(1, 2 * arch.multiprocessors // max(1, kv_heads))
     if positions is None:
         return Cut(block, min(most, ANY_POSITIONS), 4)
     blocks = max(1, math.ceil(positions / block))

@@ -50,14 +50,15 @@ def configure(arch: Arch, rows: int, columns: int, k: int) -> Cut:
     48 KiB of weights in flight a program, more of them the smaller a step is; K is split where there would be programs
     for fewer than two in three multiprocessors, but the more rows, the more it costs to add up.
     """
+    count = arch.multiprocessors
     if rows == 1:
-        return Cut(4, 1024, warps=2, stages=1) if columns <= 4608 else Cut(8, 512, stages=1)
+        return Cut(4, 1024, warps=2, stages=1) if columns <= 32 * count else Cut(8, 512, stages=1)
     if arch.capability not in (90, 100, 103):
         return Cut(32, 128, stages=2)
     programs = triton.cdiv(columns, 64)
     most = 8 if rows <= 16 else 4 if rows <= 32 else 2
-    splits = 1 if programs >= 96 else max(1, min(most, 256 // programs, k // 256))
-    if rows <= 32 and (splits > 1 or programs > 132):
+    splits = 1 if 3 * programs >= 2 * count else max(1, min(most, 2 * count // programs, k // 256))
+    if rows <= 32 and (splits > 1 or programs > count):
         return Cut(64, 256, splits, stages=3)
     return Cut(64, 128, splits, stages=6)
 
