@@ -79,6 +79,7 @@ def test_against_complex_numbers(dtype: torch.dtype) -> None:
         ({"paired": True}, "no more than x has"),
         ({"cos": COS[..., :2, :], "sin": SIN[..., :2, :]}, "must broadcast"),
         ({"cos": COS[None], "sin": SIN[None]}, "must broadcast"),
+        ({"sin": SIN[None]}, r"sin is .* must broadcast"),
     ],
 )
 def test_what_a_rotation_refuses(changes: dict[str, Any], message: str) -> None:

@@ -93,8 +93,9 @@ def rope(
         )
     if cos.dtype != sin.dtype:
         raise ArgumentError(f"cos is {cos.dtype}, sin is {sin.dtype}", "rope", "They must be alike")
-    if cos.dim() > x.dim() or any(t.shape[i] not in (1, x.shape[i]) for t in (cos, sin) for i in range(-t.dim(), -1)):
-        raise ArgumentError(f"cos is {tuple(cos.shape)}, x is {tuple(x.shape)}", "rope", "cos must broadcast to x")
+    for name, t in (("cos", cos), ("sin", sin)):
+        if t.dim() > x.dim() or any(t.shape[i] not in (1, x.shape[i]) for i in range(-t.dim(), -1)):
+            raise ArgumentError(f"{name} is {tuple(t.shape)}, x is {tuple(x.shape)}", "rope", "It must broadcast to x")
     if width < x.shape[-1]:
         turned = rope.reference(x[..., :width], cos, sin, style, paired, rounding)
         return torch.cat([turned, x[..., width:]], -1)
