@@ -157,8 +157,6 @@ class _Gardener:
 
     def arguments(self, spelling: Spelling, read: torch.Tensor) -> dict[str, Any]:
         """What the spelled function is traced with: `read` first, then the op's sample, and numbers of our own."""
-        rows, width = math.prod(read.shape[:-1]), read.shape[-1]
-        sample = (spelling.sample or spelling.op.sample)(rows, width, read.dtype, "cpu", self.random)
         if (dim := spelling.constants.get("dim")) is not None and dim < read.dim():
             part = read.narrow(dim, 0, read.shape[dim] // 2)
             return {
@@ -166,6 +164,8 @@ class _Gardener:
                 "x": torch.randn(part.shape, generator=self.random).to(read.dtype),
                 "positions": torch.randperm(read.shape[dim], generator=self.random)[: part.shape[dim]],
             }
+        rows, width = math.prod(read.shape[:-1]), read.shape[-1]
+        sample = (spelling.sample or spelling.op.sample)(rows, width, read.dtype, "cpu", self.random)
         wanted: dict[str, Any] = {}
         for name, parameter in inspect.signature(spelling.function).parameters.items():
             if not wanted:
