@@ -38,7 +38,7 @@ def table(tokens: int, width: int, dtype: torch.dtype, device: str, generator: A
 
 def head_dim(width: int) -> int:
     """How wide the heads are of a sample whose queries have `width` columns."""
-    return next((dim for dim in (128, 64) if width % dim == 0 and width > dim), width)
+    return next((dim for dim in (128, 64) if width % dim == 0 and width > dim), max(1, width))
 
 
 def _sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
