@@ -25,7 +25,7 @@ class NoWaits(TorchDispatchMode):
         """Look at each operator's tags and tensors, then run it."""
         given = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, given)) if isinstance(leaf, Tensor)]
-        if _SHAPED_BY_VALUES.intersection(getattr(func, "tags", ())) and any(t.is_cuda for t in tensors):
+        if _shaped_by_values(func, args, given) and any(t.is_cuda for t in tensors):
             raise RuntimeError(f"{func} waits for the device to know its result")
         if func is torch.ops.aten.copy_.default:
             _refuse_copy(func, tensors[1], tensors[0].device, tensors[0])
@@ -35,6 +35,17 @@ class NoWaits(TorchDispatchMode):
 
 
 _SHAPED_BY_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+def _shaped_by_values(func: Any, args: Any, given: dict[str, Any]) -> bool:
+    if not _SHAPED_BY_VALUES.intersection(getattr(func, "tags", ())):
+        return False
+    if func is torch.ops.aten.index.Tensor:  # indices that are numbers give their own shape
+        indices = tree_leaves(args[1] if len(args) > 1 else given["indices"])
+        return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)
+    if func is torch.ops.aten.repeat_interleave.Tensor:
+        return given.get("output_size") is None
+    return True
 
 
 def _refuse_copy(func: Any, source: Tensor, device: torch.device, target: Tensor | None) -> None:

@@ -149,14 +149,3 @@ def test_many_tokens_run_the_reference(arch: Arch) -> None:
     arguments = sample(1, 8, 2, 300, 64, tokens=300, causal=True)
     assert attention.plan(arch, arguments)[0] is None
     assert torch.equal(attention(**arguments), attention.reference(**arguments))
-
-
-@pytest.mark.parametrize("tokens", [1, 300])
-@pytest.mark.parametrize("added", [False, True])
-def test_a_row_that_sees_nothing_gives_zeros_in_the_reference_too(tokens: int, added: bool) -> None:
-    mask = torch.ones(1, 1, tokens, 300, dtype=torch.bool, device=DEVICE)
-    mask[..., 0, :] = False
-    if added:
-        mask = torch.where(mask, 0.0, -torch.inf).to(BF16)
-    arguments = sample(1, 8, 2, 300, 64, tokens=tokens, mask=mask)
-    assert not attention.reference(**arguments)[:, :, 0].any()

@@ -10,6 +10,7 @@ WAITS = {
     "item": lambda gpu, cpu: gpu.sum().item(),
     "nonzero": lambda gpu, cpu: gpu.nonzero(),
     "mask": lambda gpu, cpu: gpu[gpu > 0],
+    "repeats": lambda gpu, cpu: gpu.repeat_interleave(gpu[0].long(), 0),
     "to the device": lambda gpu, cpu: cpu.to("cuda"),
     "to the host": lambda gpu, cpu: gpu.cpu(),
     "copied in": lambda gpu, cpu: gpu.copy_(cpu, non_blocking=True),
@@ -17,6 +18,8 @@ WAITS = {
 }
 RUNS = {
     "product": lambda gpu, cpu: gpu @ gpu,
+    "rows": lambda gpu, cpu: gpu[gpu[0].long()],
+    "repeats of a known size": lambda gpu, cpu: gpu.repeat_interleave(gpu[0].long(), 0, output_size=7),
     "cast": lambda gpu, cpu: gpu.to(torch.float16),
     "copy": lambda gpu, cpu: gpu.copy_(gpu.t()),
     "higher-order": lambda gpu, cpu: torch.ops.higher_order.cond(True, torch.sin, torch.cos, (gpu,)),
