@@ -219,7 +219,10 @@ class CudaDevice:
 
     def pool_bytes(self, pool: Pool) -> int:
         """See `Device`."""
-        return sum(s["total_size"] for s in torch.cuda.memory_snapshot(pool.id, include_traces=False))
+        # Asked for one pool, memory_snapshot drops a reference to each of the id's numbers (torch 2.11 to 2.14): from
+        # 257 on, where numbers are no longer Python's own, the second answer leaves freed objects in the id.
+        segments = torch.cuda.memory_snapshot(include_traces=False)
+        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(pool.id))
 
     def driver_bytes(self) -> int:
         """See `Device`."""
