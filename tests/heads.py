@@ -17,7 +17,7 @@ HEAD_OPS = tuple(
     for op in OPS.values()
     if op.backends and op.namespace == "fusionpass" and {"cos", "q_weight"} & {*op.signature.parameters}
 )
-WIDTHS = (2, 6, 8, 20, 64, 80, 96, 128)
+WIDTHS = (4, 6, 8, 20, 64, 80, 96, 128)
 
 
 @st.composite
@@ -53,7 +53,7 @@ def arguments_for_heads(draw: st.DrawFn, op: Op, device: str, most: int = 5, dty
     made: dict[str, Any] = {name: activation(k_heads if name != "q" else q_heads) for name in "xqkv" if name in wanted}
     if "cos" in wanted:
         paired = draw(st.booleans())
-        turned = draw(st.sampled_from([width, width, max(2, width // 4 * 2)]))
+        turned = draw(st.sampled_from([width, width, max(4, width // 4 * 2)]))
         table = draw(st.sampled_from([dtype, dtype, torch.float32]))
         shape = (draw(st.sampled_from([1, groups])), 1, tokens, turned // 2 if paired else turned)
         angle = torch.rand(shape[4 - rank :], generator=generator, device=device) * 6.3

@@ -133,6 +133,7 @@ def test_a_pair_is_both(op: Any) -> None:
         (rope, {"cos": COS.half(), "sin": SIN.half()}, "steps are rounded to neither"),
         (rope, {"x": torch.zeros(1, 2, 3, 640).bfloat16()}, "heads of 640 columns"),
         (rope, {"cos": COS[..., :63], "sin": SIN[..., :63]}, "63 of them rotated"),
+        (rope, {"cos": COS[..., :2], "sin": SIN[..., :2]}, "two rotated columns"),
         (rope, {"cos": torch.zeros(5, 1, 3, 128).bfloat16()}, r"cos is \(5, 1, 3, 128\) for x"),
         (qk_rope, {"k": arguments(qk_rope)["k"].float()}, "k is torch.float32"),
         (qk_norm, {"q_weight": torch.ones(128, dtype=torch.int64), "norm_rounding": AFTER}, "torch.int64 on cpu"),

@@ -214,6 +214,8 @@ def _plan(
     turned = width if cos is None else cos.shape[-1] * (2 if paired else 1)
     if not isinstance(width, int) or not isinstance(turned, int) or not 0 < width <= WIDEST or turned % 2:
         return f"heads of {width} columns, {turned} of them rotated (at most {WIDEST}, an even number)"
+    if turned == 2 and cos is not None:
+        return "two rotated columns: PyTorch may lay out what it joins of single columns with the heads innermost"
     wide = cos is not None and rounding == EACH and torch.promote_types(q.dtype, cos.dtype) != q.dtype
     if wide and normed and not norm_first:
         return f"x is {q.dtype} and the norm reads it rotated, which is wider"
