@@ -94,6 +94,13 @@ class Pool:
         self.close = weakref.finalize(self, torch._C._cuda_releasePool, index, self.id)
         self.close.atexit = False
 
+    def segments(self) -> list[dict[str, Any]]:
+        """The memory that it has, as torch's allocator tells it."""
+        # Asked for one pool, memory_snapshot drops a reference to each of the id's numbers (torch 2.11 to 2.14): from
+        # 257 on, where numbers are no longer Python's own, the second answer leaves freed objects in the id.
+        found = torch.cuda.memory_snapshot(include_traces=False)
+        return [segment for segment in found if tuple(segment["segment_pool_id"]) == self.id]
+
 
 class CudaDevice:
     """A device of CUDA or ROCm.
@@ -219,10 +226,7 @@ class CudaDevice:
 
     def pool_bytes(self, pool: Pool) -> int:
         """See `Device`."""
-        # Asked for one pool, memory_snapshot drops a reference to each of the id's numbers (torch 2.11 to 2.14): from
-        # 257 on, where numbers are no longer Python's own, the second answer leaves freed objects in the id.
-        segments = torch.cuda.memory_snapshot(include_traces=False)
-        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(pool.id))
+        return sum(segment["total_size"] for segment in pool.segments())
 
     def driver_bytes(self) -> int:
         """See `Device`."""

@@ -3,14 +3,13 @@
 import gc
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fusionpass.runtime.cuda_graphs import Graphs
-from fusionpass.runtime.device import CudaDevice, Pool
+from fusionpass.runtime.device import CudaDevice
 from fusionpass.runtime.memory import Layout
 from tests.gpu.harness import MIB, WIDTH, fleeting, layers, numbers, whole
 from tests.runtime.harness import Compared
@@ -105,17 +104,12 @@ def test_sizes_share_memory(w: Tensor, sizes: tuple[int, ...]) -> None:
     assert memory.total < 1.3 * largest + 16 * MIB, str(memory)
 
 
-def segments(pool: Pool) -> list[Any]:
-    """What `CudaDevice.pool_bytes` sums, which says why it does not ask for one pool."""
-    return [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == pool.id]
-
-
 def test_nothing_is_kept_in_the_pool(w: Tensor) -> None:
     bench = Compared(layers())
     for _ in range(3):
         bench(8, numbers(8, WIDTH), w)
     place = next(iter(bench.graphs._cache.places.values()))
-    blocks = [b for s in segments(place.pools[-1]) for b in s["blocks"]]
+    blocks = [b for s in place.pools[-1].segments() for b in s["blocks"]]
     assert blocks
     assert not [block for block in blocks if block["state"] == "active_allocated"]
 
@@ -337,7 +331,7 @@ def test_an_alias_does_not_keep_memory() -> None:
     assert device.alias(again[:, :0]).shape == (3, 0)
     del again, alias
     device.give_back(pool)
-    assert not segments(pool)
+    assert not pool.segments()
 
 
 def test_an_empty_graph(recwarn: pytest.WarningsRecorder) -> None:
