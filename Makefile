@@ -11,14 +11,22 @@ TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: demo test lint format clean
+# The HTML report's tests click through it in a browser, and skip themselves where there is none.
+BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+
+.PHONY: demo test browser lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
 	$(BIN)/fusionpass demo $(ARGS)
 
-test: $(READY)
+test: $(READY) $(if $(BROWSER),,browser)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+browser:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	else false; fi || echo "no browser was installed: the tests of the HTML report's page are skipped"
 
 lint: $(READY)
 	$(BIN)/ruff check $(SOURCES)

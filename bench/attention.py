@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
+from fusionpass.launch import Launch
 from fusionpass.ops import attention
 from fusionpass.ops.attention.decode_triton import Cut
 from fusionpass.testing import exact, relative_error
 
-from .implementations import launch_call, search, with_cut
+from .implementations import compile_apart, launch_call, search, with_cut
 from .machine import require_gpu, results_folder, save
 from .timing import cold_sets, time_calls, warm_up
 
@@ -63,6 +64,10 @@ def ways(sets: list[dict[str, Any]], filled: int) -> dict[str, Callable[[int], A
     }
 
 
+def launch_of(batch: int, heads: tuple[int, int], width: int, slots: int, filled: int, cut: Cut) -> Launch:
+    return with_cut(attention, arguments(batch, heads, width, slots, filled), CONFIGURE, cut)
+
+
 def measure(batch: int, heads: tuple[int, int], width: int, slots: int, filled: int, cuts: list[Cut]) -> dict[str, Any]:
     """Microseconds of each way, and the best cut where some are searched."""
     size = 4 * batch * heads[1] * filled * width
@@ -79,6 +84,7 @@ def measure(batch: int, heads: tuple[int, int], width: int, slots: int, filled: 
         assert relative_error(call(0)[0], truth) < 2**-7, cut
         return timed(call)
 
+    compile_apart(launch_of, [(batch, heads, width, slots, filled, cut) for cut in cuts])
     cell: dict[str, Any] = {"batch": batch, "heads": heads, "width": width, "slots": slots, "filled": filled}
     cell["copy"] = timed(lambda i: halves[2 * i].copy_(halves[2 * i + 1]))
     cell |= {name: timed(call) for name, call in ways(given, filled).items()}

@@ -57,7 +57,11 @@ def _(codes: torch.Tensor, scales: list[torch.Tensor], columns: int, dtype: torc
 
 
 def _opaque_product(
-    layer: QuantizedLinear, codes: torch.Tensor, scales: list[torch.Tensor], dtype: torch.dtype
+    layer: QuantizedLinear,
+    codes: torch.Tensor,
+    scales: list[torch.Tensor],
+    given: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     # Nothing in front of a product depends on how it is done.
     return torch.ops.coverage.product(codes, scales, layer.out_features, dtype)

@@ -11,11 +11,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+import triton
+import triton.language as tl
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusionpass.arch import Arch
 from fusionpass.launch import Empty, Launch
 from fusionpass.op import Op
+from fusionpass.ops.pdl import pdl_launch, pdl_wait
 from fusionpass.ops.quant import sample_scale
 
 Call = Callable[[int], list[torch.Tensor]]
@@ -25,7 +28,7 @@ Arguments = Mapping[str, Any]
 def plan(op: Op, arguments: Arguments, arch: Arch) -> Launch | None:
     """The launch as a compiled model runs it: weight and scale are its parameters."""
     launch, _ = op.plan(arch, arguments)
-    return launch.reading_early() if isinstance(launch, Launch) else None
+    return launch.reading_early().launching_early() if isinstance(launch, Launch) else None
 
 
 def with_cut(op: Op, arguments: Arguments, configure: str, cut: Any) -> Launch:
@@ -37,18 +40,27 @@ def with_cut(op: Op, arguments: Arguments, configure: str, cut: Any) -> Launch:
 
 
 def compile_apart(launch_of: Callable[..., Launch], each: Sequence[tuple[Any, ...]]) -> None:
-    """Compile `launch_of(*arguments)` for each, in as many processes as there are cores: into Triton's cache on disk.
+    """Compile `launch_of(*arguments)` for each, in many processes: into Triton's cache on disk."""
+    in_processes(functools.partial(_compile, launch_of), each)
 
-    What does not compile is left for who launches it.
+
+def in_processes(work: Callable[..., object], each: Sequence[tuple[Any, ...]]) -> None:
+    """`work(*arguments)` for each, in as many processes as there are cores, for what it leaves in caches on disk.
+
+    What fails is left for who does it again.
     """
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        list(pool.map(functools.partial(_compile, launch_of), each, chunksize=4))
+        list(pool.map(functools.partial(_attempt, work), each, chunksize=4))
 
 
-def _compile(launch_of: Callable[..., Launch], arguments: tuple[Any, ...]) -> None:
+def _attempt(work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     with suppress(Exception):
-        for part, given in bound(launch_of(*arguments)):
-            part.kernel.warmup(**given, grid=part.grid, **part.options())
+        work(*arguments)
+
+
+def _compile(launch_of: Callable[..., Launch], *arguments: Any) -> None:
+    for part, given in bound(launch_of(*arguments)):
+        part.kernel.warmup(**given, grid=part.grid, **part.options())
 
 
 def search(timed: Callable[[Any], float], cuts: Sequence[Any]) -> dict[str, Any]:
@@ -138,7 +150,24 @@ def copy(op: Op, sets: list[Arguments], arch: Arch) -> Call:
     return lambda i: [targets[i].copy_(sources[i])]
 
 
+@triton.jit
+def _one_element(out, like, PDL: tl.constexpr):
+    pdl_wait(PDL)
+    value = tl.load(like)
+    pdl_launch(PDL)
+    tl.store(out, value)
+
+
+def one_element(op: Op, sets: list[Arguments], arch: Arch) -> Call:
+    """The floor: a kernel of one program that reads and writes one element, launched as ours are."""
+    out, like = (torch.zeros(1, device="cuda") for _ in range(2))
+    arguments = {"out": out, "like": like, "PDL": arch.has_pdl}
+    launch = Launch(_one_element, (1,), arguments, returns=("out",), num_warps=1, pdl=arch.has_pdl)
+    return launch_call([launch] * len(sets))
+
+
 IMPLEMENTATIONS: dict[str, Callable[[Op, list[Arguments], Arch], Call | None]] = {
+    "one element": one_element,
     "copy": copy,
     "fusionpass": fusionpass,
     "inductor+pdl": functools.partial(inductor, pdl=True),

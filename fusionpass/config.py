@@ -18,7 +18,7 @@ _CHOICES = {
     "cuda_graphs": ("auto", "piecewise", "full", "off"),
     "on_miss": ("ignore", "warn", "error"),
 }
-_PASSES = ("normalize", "recognise", "fuse")
+_PASSES = ("masks", "normalize", "recognise", "fuse")
 """The passes that `disable` may name; what comes after them is needed for code to come out."""
 
 

@@ -43,6 +43,10 @@ class SkipError(FusionpassError):
     """A skip rule that matches no module."""
 
 
+class CheckpointError(FusionpassError):
+    """A folder does not hold the quantised weights that a model needs, or a model cannot be stored as asked."""
+
+
 class NothingToQuantizeError(FusionpassError):
     """The module holds no linear that could be quantised."""
 
@@ -65,6 +69,10 @@ class MissError(FusionpassError):
 
 class NotCompiledError(FusionpassError):
     """A report was asked for a model that fusionpass has not compiled."""
+
+
+class ShardWarning(UserWarning):
+    """Linears that are one product in many engines are quantised in part."""
 
 
 class RecompileWarning(UserWarning):

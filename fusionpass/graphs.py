@@ -85,6 +85,8 @@ def where(node: Node) -> str:
     if not stack:
         return ""
     path = list(stack.values())[-1][0]
+    # The graph modules of torch.export read "layers.0" as `getattr(layers, '0')`.
+    path = re.sub(r", '(\w+)'\)", r".\1", path.replace("getattr(", ""))
     path = re.sub(r"^L\['\w+'\]|\.__dict__\['_modules'\]|\._modules|\.__self__|\._call_impl", "", path)
     return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).strip(".")
 

@@ -41,7 +41,8 @@ class Launch:
         grid: one to three ints (or SymInts).
         args: every kernel parameter by name: tensors, numbers, constexprs, None, and `Empty` for what it writes.
         returns: the parameters whose buffers are returned, in the order of the op's outputs.
-        pdl: launch with programmatic dependent launch (the kernel must then wait before its first dependent load).
+        pdl: launch with programmatic dependent launch (the kernel must then wait before its first dependent load). A
+            constexpr PDL, where it has one, says when it lets the next one start.
         fp_fusion: the compiler may multiply and add without rounding in between. On NVIDIA GPUs that also drops a
             rounding to bfloat16 that stands between them.
         early: the parameters that the kernel may read before that wait, where its constexpr EARLY is true.
@@ -66,8 +67,9 @@ class Launch:
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs live."""
-        return next(v.device for v in self.args.values() if isinstance(v, torch.Tensor))
+        """Where the inputs live, of this launch or of those before it."""
+        given = (v for launch in (self, *self.before) for v in launch.args.values())
+        return next(v.device for v in given if isinstance(v, torch.Tensor))
 
     def options(self) -> dict[str, Any]:
         """Triton's own launch options."""
@@ -82,6 +84,11 @@ class Launch:
         """The launch for where the kernel just before it cannot have written `early`: parameters of a model, say."""
         before = tuple(launch.reading_early() for launch in self.before)
         return replace(self, args={**self.args, "EARLY": True} if self.early else self.args, before=before)
+
+    def launching_early(self) -> "Launch":
+        """The launch for where whatever is launched early behind it waits before it writes; see `ops/pdl.py`."""
+        before = tuple(launch.launching_early() for launch in self.before)
+        return replace(self, args={**self.args, "PDL": 2} if self.args.get("PDL") else self.args, before=before)
 
     @property
     def all(self) -> tuple["Launch", ...]:

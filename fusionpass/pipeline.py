@@ -19,6 +19,8 @@ from .passes.lower import lower
 from .passes.normalize import normalize
 from .passes.products import products
 from .passes.recognise import recognise
+from .report.nodes import node_records
+from .report.replay import main_of
 from .report.show import show
 from .report.trace import GraphTrace
 from .rule import Beside, Fold, Spelling
@@ -68,13 +70,22 @@ def own_functions(config: Config) -> list[Callable[..., Any]]:
 
 def run(passes: list[Pass], graph: Graph, config: Config, trace: GraphTrace, *, keep: bool) -> None:
     """Run `passes` on `graph` in place; with `keep`, render it before the first and after each."""
+
+    def snapshot(name: str) -> None:
+        trace.snapshots.append((name, show(graph)))
+        trace.mains[name] = main_of(graph)
+
     if keep and not trace.snapshots:
-        trace.snapshots.append(("captured", show(graph)))
+        snapshot("captured")
     for name, function in passes:
+        if name == "recognise":
+            trace.before = node_records(graph)
+        elif name == "lower":
+            trace.after = node_records(graph)
         if name in config.disable and name not in ("lower", "cleanup"):
             continue
         start = time.perf_counter()
         function(graph)
         trace.seconds[name] = time.perf_counter() - start
         if keep:
-            trace.snapshots.append((name, show(graph)))
+            snapshot(name)

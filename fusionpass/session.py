@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,14 +14,16 @@ from . import inductor, pipeline
 from .config import Config
 from .errors import MissError, RecompileWarning
 from .op import OPS
-from .report.dump import active_dump, write_graph
-from .report.trace import GraphTrace, Report
+from .passes.masks import masks
+from .report.dump import active_dump, of_rank, write_graph, write_index
+from .report.trace import GraphTrace, ModelGraph, Report
 from .runtime.build import Builder, Request
 from .runtime.cache import Cache, CacheWarning, Entry
 from .runtime.cuda_graphs import Graphs
 from .runtime.keys import digest, environment, source_digest
 
 log = logging.getLogger("fusionpass")
+inductor.register_logs()
 
 STORM = 8
 """Compilations of one function, above which Dynamo's default gives up on it."""
@@ -55,12 +58,14 @@ class Session:
         self._warn_of_storm()
         known = len(self.report.graphs)
         trains = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+        record.masks = masks(gm, self.config.disable)
         program = self._builder.build(gm, inputs, record, whole=trains)
-        for trace in self.report.graphs[known:]:
-            for folder in self._folders():
+        for folder in self._folders():
+            for trace in self.report.graphs[known:]:
                 write_graph(folder, trace)
+            write_index(folder)
         self._judge(self.report.graphs[known:])
-        log.info("%s", self.report)
+        self._tell(record, self.report.graphs[known:])
         if trains:
             return program.run
         sizes = [value for value in inputs if isinstance(value, torch.SymInt)]
@@ -73,8 +78,31 @@ class Session:
         """Let go of all CUDA graphs and their memory."""
         self.graphs.release()
 
+    def _tell(self, record: ModelGraph, traces: Sequence[GraphTrace]) -> None:
+        """One line of log for a graph, and a line for each record where TORCH_LOGS has "+fusionpass"."""
+        kinds = ("fused", "refused", "missed")
+        found = {kind: [one for trace in traces for one in getattr(trace, kind)] for kind in kinds}
+        counts = Counter(one.op for one in found["fused"])
+        log.info(
+            "%s, graph %d: %d pieces, %d compiled now (%d from the cache): %s; %d refused, %d missed, %d kernels",
+            self.report.title or "fusionpass",
+            record.index,
+            len(record.pieces),
+            len(traces),
+            sum(trace.cached for trace in traces),
+            ", ".join(f"{count} x {op}" for op, count in counts.items()) or "nothing fused",
+            len(found["refused"]),
+            len(found["missed"]),
+            sum(trace.kernels for trace in traces),
+        )
+        for kind in kinds:
+            for one in found[kind]:
+                log.debug("%s: %s", kind, one)
+        inductor.artifacts(self.report, traces)
+
     def _folders(self) -> list[Any]:
-        return [folder for folder in (self.config.dump_dir, active_dump()) if folder is not None]
+        given = self.config.dump_dir
+        return [folder for folder in (given and of_rank(given), active_dump()) if folder is not None]
 
     def _piece(self, request: Request, note: Callable[[int], None]) -> inductor.Compiled:
         """The code of a piece: of an alike one, from the cache, or compiled."""
@@ -113,6 +141,7 @@ class Session:
             request.weights,
             request.outputs,
             save=key is not None,
+            origins=keep,
         )
         if key is not None and compiled.payload is not None and self._cache is not None:
             meta = {"trace": trace.to_dict(), **compiled.facts()}

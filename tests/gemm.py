@@ -108,6 +108,30 @@ def _dropped(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return lost
 
 
+def check_linear(
+    arch: Arch,
+    rows: int,
+    columns: int,
+    k: int,
+    cut: Any = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Run the kernels of `linear_bf16_fp32`: within the roundings of a float32 sum of what is exact."""
+    from fusionpass.ops.gemm.stream import plan_linear
+
+    generator = torch.Generator(device).manual_seed(rows * columns + k)
+    x, w = (torch.randn(n, k, generator=generator, device=device).to(dtype) for n in (rows, columns))
+    with mock.patch("fusionpass.ops.gemm.stream.configure", return_value=cut) if cut else mock.MagicMock():
+        launch = plan_linear(arch, x, w)
+    assert isinstance(launch, Launch), launch
+    with poisoned():
+        (got,) = launch.run()
+    a, b = x.double(), w.double().t()
+    assert (got.shape, got.dtype, got.is_contiguous()) == ((rows, columns), torch.float32, True)
+    assert ((got.double() - a @ b).abs() <= (k + 1) * 2.0**-24 * (a.abs() @ b.abs())).all()
+
+
 def each_of(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
     """`scaled_mms`'s arguments as several of `scaled_mm`."""
     common = {name: arguments[name] for name in ("a", "a_scale", "out_dtype", "fast_accum")}
@@ -135,7 +159,7 @@ def arguments_for_products(draw: Any, device: str, rows: int, columns: int, k: i
     return scaled_mms.bind((), made)
 
 
-def check_product(arch: Arch, arguments: dict[str, Any], cut: Any = None, early: bool = False) -> torch.Tensor:
+def check_product(arch: Arch, arguments: dict[str, Any], cut: Any = None) -> torch.Tensor:
     """Run the kernels: within the roundings of float32 arithmetic, and one to the output's dtype, of what is exact.
 
     With arguments of `scaled_mms`, all of its products; the first is returned.
@@ -145,7 +169,7 @@ def check_product(arch: Arch, arguments: dict[str, Any], cut: Any = None, early:
         launch, reason = op.plan(arch, arguments)
     assert isinstance(launch, Launch), reason
     with poisoned():
-        results = (launch.reading_early() if early else launch).run()
+        results = launch.run()
     for got, given in zip(results, each_of(arguments), strict=True):
         expected, slack = exact(given)
         assert (got.shape, got.dtype, got.is_contiguous()) == (expected.shape, OUTPUTS[given["out_dtype"]], True)

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from bench.implementations import bound, bytes_moved, search
-from bench.kernels import verdict
+from bench.kernels import record, regimes, verdict
 from bench.timing import cold_sets
 from fusionpass.arch import Arch
 from fusionpass.ops import add_rms_norm_quantize, attention, cache_write, qk_norm_rope_cache
@@ -64,6 +65,27 @@ def test_a_search_names_the_best_and_what_failed():
 def test_cold_means_three_times_the_cache():
     assert cold_sets(10 << 20, 50 << 20) == 16
     assert cold_sets(4096, 50 << 20) is None
+
+
+def test_tokens_of_a_decode_step_are_usually_warm():
+    assert regimes(64, 30, "usual") == regimes(64, 30, "warm") == {"warm": 1}
+    assert regimes(1024, 30, "usual") == regimes(1024, 30, "cold") == {"cold": 30}
+    assert regimes(1024, None, "usual") == {}
+    assert regimes(64, 30, "both") == {"warm": 1, "cold": 30}
+
+
+def test_a_cell_measured_again_takes_the_place_of_the_old_one(tmp_path):
+    def cell(tokens, us):
+        key = {"op": "rms_norm", "scheme": None, "dtype": "bfloat16", "tokens": tokens, "hidden": 64, "regime": "warm"}
+        return {**key, "results": {"fusionpass": {"us": us}}}
+
+    record(tmp_path / "k.json", [cell(1, 1.0), cell(8, 2.0)], {"commit": "old"})
+    record(tmp_path / "k.json", [cell(8, 3.0)], {"commit": "new"})
+    found = json.loads((tmp_path / "k.json").read_text())["cells"]
+    assert [(c["tokens"], c["results"]["fusionpass"]["us"], c["commit"]) for c in found] == [
+        (1, 1.0, "old"),
+        (8, 3.0, "new"),
+    ]
 
 
 def test_the_verdict_names_the_worst_cell():

@@ -35,12 +35,13 @@ def _text(value):
 
 def _check_graph(folder: Path):
     names = sorted(path.name for path in folder.iterdir())
-    assert names == [*(f"{i:02d}_{name}.py" for i, name in enumerate(PASSES)), "06_generated.py", "report.txt"]
+    numbered = [f"{i:02d}_{name}.py" for i, name in enumerate([*PASSES, "generated"])]
+    assert names == [*numbered, "kernels.md", "report.txt"]
     sources = {re.sub(r"^\d+_|\.py$", "", name): (folder / name).read_text() for name in names}
     for name in [*PASSES, "generated"]:
         compile(sources[name], name, "exec")
     assert "aten.rsqrt.default(" in sources["captured"]
-    assert "fusionpass" not in sources["normalize"]
+    assert "torch.ops.fusionpass" not in sources["normalize"]
     assert sources["recognise"].count("torch.ops.fusionpass.rms_norm.default(") == 1
     assert sources["fuse"].count("torch.ops.fusionpass.add_rms_norm_quantize.default(") == 1
     assert "torch.ops.fusionpass" not in sources["cleanup"], "a CPU has no kernel: plain aten again"
@@ -55,9 +56,14 @@ def test_dump(block, tmp_path):
         assert folder == tmp_path / "new" / "folder"
         fusionpass.compile(block)(*_inputs())
     assert _settings() == before
-    assert sorted(path.name for path in folder.iterdir()) == ["depyf", "graph_000", "index.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["depyf", "graph_000", "index.md"]
     _check_graph(folder / "graph_000")
-    assert (folder / "index.txt").read_text().split() == ["depyf", "graph_000"]
+    index = (folder / "index.md").read_text()
+    assert [
+        name for name in ("graph_000/00_captured.py", "graph_000/06_generated.py", "depyf/") if f"]({name})" in index
+    ]
+    (kernel,) = [line for line in index.splitlines() if line.startswith("| `cpp_fused_")]
+    assert "**add_rms_norm_quantize** in norm" in kernel, "what the kernel is for"
     # The generator in Block.forward makes a closure, which depyf fails on.
     assert "Block.forward: RecursionError" in (folder / "depyf" / "failed.txt").read_text()
 

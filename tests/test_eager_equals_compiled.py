@@ -67,9 +67,9 @@ def catalogue(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Case]:
 
 
 def input_of(op: Op, name: str, sample: Mapping[str, Any]) -> str:
-    """What the input is called that an op's argument is: those of ops on heads are their own."""
+    """What the input is called that an op's argument is: those of ops on heads, and of products, are their own."""
     on_heads = any(isinstance(value, torch.Tensor) and value.dim() > 2 for value in sample.values())
-    return f"{name} of {op.name}" if on_heads else name
+    return f"{name} of {op.name}" if on_heads or ".gemm" in op.reference.__module__ else name
 
 
 def values(shape: tuple[int, int], dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:

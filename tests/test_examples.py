@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {
     "backend_string": "Block: 2 fused, 0 refused, 0 missed; 1 graphs",
+    "dump_and_diff": "Block: 1 fused, 0 refused, 0 missed; 1 graphs",
     "hf_generate": "LlamaForCausalLM: 6 fused, 0 refused, 0 missed; 2 graphs",
     "own_model": "Model: 2 fused, 0 refused, 0 missed; 1 graphs",
     "own_rule": "Norm: 1 fused, 0 refused, 0 missed; 1 graphs",

@@ -141,6 +141,14 @@ def test_programmatic_dependent_launch_reaches_the_kernel() -> None:
     assert asked == ("'launch_pdl': True" in source), "a kernel that waits is launched with PDL, and no other"
 
 
+@pytest.mark.parametrize("theirs", [False, True])
+def test_dependents_start_early_unless_inductors_kernels_are_among_them(theirs: bool) -> None:
+    with torch._inductor.config.patch({"triton.enable_pdl": theirs}):
+        source, session = generated("sm_90", lambda: arguments(tokens=1))
+    assert session.report.count("add_rms_norm_quantize") == 2
+    assert re.findall(r"'PDL': (\w+)", source) in ([["True"], ["True", "True"]] if theirs else [["2"], ["2", "2"]])
+
+
 def test_a_rotation_is_compiled_without_fused_multiply_adds() -> None:
     def make() -> tuple[torch.Tensor, ...]:
         return tuple(torch.empty(shape, device="cuda") for shape in ((1, 8, 16, 64), (1, 16, 64), (1, 16, 64)))

@@ -113,6 +113,7 @@ def test_to_dict_is_json():
         "backend": "triton",
         "rules": ["norm.llama", "norm.add", "quant.fp8_static", "norm.add_quantize"],
         "graphs": [0, 1],
+        "node": "",
     }
     assert [r["reason"] for kind in ("refused", "missed") for r in plain[kind]] == [REFUSED.reason, MISSED.reason]
 

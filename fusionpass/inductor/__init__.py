@@ -4,6 +4,7 @@ tests/test_inductor.py fails when a torch release moves one of them.
 """
 
 from .launches import register_lowerings
+from .logs import artifacts, register_logs
 from .pieces import Compiled, compile_graph, is_training, kernels_in, restore, trace_graph
 from .sizes import holds, keep_strides, size_check
 from .state import (
@@ -17,7 +18,7 @@ from .state import (
 )
 
 __all__ = [
-    "ISOLATED", "Compiled", "compile_graph", "graph_break", "hardware", "holds", "is_training", "keep_strides",
-    "kernels_in", "options_digest", "package_digest", "recompile_reason", "register_lowerings", "restore",
-    "size_check", "trace_graph", "warm_up",
+    "ISOLATED", "Compiled", "artifacts", "compile_graph", "graph_break", "hardware", "holds", "is_training",
+    "keep_strides", "kernels_in", "options_digest", "package_digest", "recompile_reason", "register_logs",
+    "register_lowerings", "restore", "size_check", "trace_graph", "warm_up",
 ]  # fmt: skip

@@ -35,7 +35,7 @@ def _lower_op(overload: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any
     given = OPS[overload].bind(args, kwargs)
     earlier: dict[int, Any] = {}
     arguments: dict[str, Any] = {}
-    for launch in planned.launch.all:
+    for launch in _early_or_late(planned.launch).all:
         arguments, written = {}, list(launch.mutates)
         for name, value in launch.args.items():
             if isinstance(value, Empty):
@@ -54,6 +54,13 @@ def _lower_op(overload: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any
     assert all(isinstance(arguments[name], ir.TensorBox) for name in returns)
     results = [arguments[name] for name in returns]
     return results[0] if OPS[overload].single else results
+
+
+def _early_or_late(launch: Launch) -> Launch:
+    """Inductor's own kernels, where they are launched early, may write to what the kernel before still reads."""
+    from torch._inductor import config
+
+    return launch if config.triton.enable_pdl else launch.launching_early()
 
 
 def _copied(box: Any) -> Any:

@@ -93,6 +93,7 @@ def compile_graph(
     weights: Collection[int] | None = None,
     outputs: Sequence[Any] = (),
     save: bool = False,
+    origins: bool = False,
 ) -> Compiled:
     """Compile one of Dynamo's graphs, or a piece of one, through Inductor; `early` and `late` run on its aten graph.
 
@@ -104,6 +105,7 @@ def compile_graph(
         weights: the inputs that are parameters or buffers, by position; None: what Dynamo says of them.
         outputs: what the graph returns, as fake tensors: what reads it was traced with these strides.
         save: compile so that the result can be saved.
+        origins: note in the trace which nodes each kernel computes; Inductor then adds comments to its code.
     """
     from torch._functorch import config as functorch_config
     from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
@@ -126,6 +128,8 @@ def compile_graph(
         if source:
             trace.sources.append(source)
             trace.kernels += kernels_in(source)
+        if origins:
+            trace.origins |= kernel_origins()
         return compiled
 
     key = None if save else (sorted(config.disable), config.numerics, str(config.target))
@@ -133,6 +137,10 @@ def compile_graph(
         "joint_custom_pre_pass": _JointPass(early, inductor_config.joint_custom_pre_pass, key),
         "emulate_precision_casts": config.numerics == "eager" or inductor_config.emulate_precision_casts,
     }
+    if origins:
+        # The level that notes these and traces nothing else; code from Inductor's cache comes without them.
+        patches["trace.provenance_tracking_level"] = inductor_config.trace.provenance_tracking_level or 2
+        patches["fx_graph_cache"] = False
     bundled = {"enable_autograd_cache": save, "force_autograd_cache": save, "bundled_autograd_cache": save}
     # Its own cache keeps nothing; all that is left of saving is to part the code from what can be written.
     unsaved = mock.patch.object(AOTAutogradCache, "save", lambda key, entry, *args, **kwargs: entry.pre_save())
@@ -212,6 +220,17 @@ def trace_graph(
     )
     compiled: Callable[..., Any] = backend(gm, list(inputs))
     return compiled
+
+
+def kernel_origins() -> dict[str, list[str]]:
+    """For each kernel of the last graph, the names of the nodes that it computes, in no order."""
+    from torch._inductor import debug
+
+    found: dict[str, list[str]] = {}
+    for name, nodes in debug._inductor_triton_kernel_to_post_grad_node_info.items():
+        # "triton_poi_fused_add_0:3": each call has a number of its own.
+        found.setdefault(name.partition(":")[0], []).extend(nodes)
+    return found
 
 
 _KERNEL = re.compile(r"^(\w+) = async_compile\.\w+\(", re.MULTILINE)

@@ -37,7 +37,7 @@ def attend(gm: GraphModule, disable: Collection[str] = ()) -> None:
     if attention.name in disable:
         return
     for node in gm.graph.find_nodes(op="call_function", target=scaled_dot_product_attention):
-        given = {**_DEFAULTS, **dict(zip(_PARAMETERS, node.args, strict=False)), **node.kwargs}
+        given = call_of(node)
         if given["dropout_p"] != 0.0:
             continue
         q, k, v = (given[name] for name in ("query", "key", "value"))
@@ -65,6 +65,11 @@ def attend(gm: GraphModule, disable: Collection[str] = ()) -> None:
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
     gm.recompile()
+
+
+def call_of(node: Node) -> dict[str, Any]:
+    """The arguments of a call of scaled_dot_product_attention by name."""
+    return {**_DEFAULTS, **dict(zip(_PARAMETERS, node.args, strict=False)), **node.kwargs}
 
 
 def _result(arguments: dict[str, Any], wanted: torch.Tensor) -> torch.Tensor | None:

@@ -29,7 +29,7 @@ _VIEWS = (*VIEWS, aten.permute.default, aten.t.default, aten.transpose.int)
 def site_of(node: Node) -> Site:
     """Where an op's node came from."""
     site = node.meta.get("fusionpass")
-    return site if isinstance(site, Site) else Site((), where(node), source_line(node))
+    return site if isinstance(site, Site) else Site((), where(node), source_line(node), nodes=(node.name,))
 
 
 def named_outputs(op: Op, node: Node) -> dict[str, Node]:
@@ -71,7 +71,7 @@ def beside(
     site = site_of(node)
     known = [(record.rule, record.where, record.reason) for record in trace.refused]
     if refusal is not None and (rule.name, site.where, refusal) not in known:
-        trace.refused.append(Record(rule.fused.name, rule.name, refusal, site.where, site.source))
+        trace.refused.append(Record(rule.fused.name, rule.name, refusal, site.where, site.source, node=node.name))
     return False
 
 
@@ -128,7 +128,8 @@ def _join(
     fused.meta = inherit(first, results)
     above, below = site_of(first), site_of(second)
     notes = "; ".join(note for note in dict.fromkeys((above.note, below.note)) if note)
-    fused.meta["fusionpass"] = Site((*above.rules, *below.rules, rule.name), above.where, above.source, notes)
+    rules, nodes = (*above.rules, *below.rules, rule.name), (*above.nodes, *below.nodes)
+    fused.meta["fusionpass"] = Site(rules, above.where, above.source, notes, nodes)
     new = dict(zip(by_name, insert_outputs(graph, fused, results), strict=True))
     for name, node in targets.items():
         node.replace_all_uses_with(new[name])

@@ -62,7 +62,9 @@ def fuse(
                     refused = {key: record for key, record in refused.items() if key[0] != node.name}
                     break
                 site = site_of(node)
-                refused[node.name, fold.name] = Record(fold.fused.name, fold.name, refusal, site.where, site.source)
+                refused[node.name, fold.name] = Record(
+                    fold.fused.name, fold.name, refusal, site.where, site.source, node=node.name
+                )
         # Only when nothing more folds: a half of a pair folds with nothing.
         for node in [n for n in graph.nodes if n.target in OPS] if not changed else ():
             for pair in folds:
@@ -205,6 +207,7 @@ def _fold(
         named.where,
         named.source,
         "; ".join(note for note in dict.fromkeys((above.note if own else "", below.note)) if note),
+        (*(above.nodes if own else (n.name for n in found.nodes)), *(v.name for v in found.views), *below.nodes),
     )
     new = dict(zip(names, [fused] if fold.fused.single else insert_outputs(graph, fused, results), strict=True))
     for output, node in kept.items():

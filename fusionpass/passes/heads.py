@@ -1,5 +1,6 @@
 """What lies between ops on heads and changes no value: the order of dimensions, a part that is not rotated."""
 
+import dataclasses
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -8,6 +9,7 @@ from ..graphs import aten, differs, erase_unused, inherit
 from ..infer import Inference
 from ..ops.norm import rms_norm
 from ..ops.rope import rope
+from .beside import site_of
 from .normalize import END
 
 
@@ -40,7 +42,9 @@ def _widen(graph: Graph, node: Node, infer: Inference) -> None:
         return
     with graph.inserting_before(node):
         made = graph.call_function(rope.overload, *rope.call(arguments))
-    made.meta = inherit(turned, results[0], {"fusionpass": turned.meta["fusionpass"]})
+    site = site_of(turned)
+    both = dataclasses.replace(site, nodes=(*site.nodes, node.name))
+    made.meta = inherit(turned, results[0], {"fusionpass": both})
     node.replace_all_uses_with(made)
     erase_unused(graph, node)
 
@@ -69,6 +73,8 @@ def _normalise_later(graph: Graph, node: Node, infer: Inference) -> None:
         return
     with graph.inserting_before(node):
         made = graph.call_function(rms_norm.overload, *rms_norm.call({**arguments, "x": moved}))
-    made.meta = inherit(norm, results[0], {"fusionpass": norm.meta["fusionpass"]})
+    site = site_of(norm)
+    both = dataclasses.replace(site, nodes=(*site.nodes, node.name))
+    made.meta = inherit(norm, results[0], {"fusionpass": both})
     node.replace_all_uses_with(made)
     erase_unused(graph, node)

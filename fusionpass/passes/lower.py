@@ -111,10 +111,11 @@ def lower(
                 scheme=str(arguments.get("scheme", "")),
                 backend="inductor" if chosen is None else "late" if launch is None else "triton",
                 rules=site.rules,
+                node=node.name,
             )
         )
         if chosen is None:
-            inline(graph, node, op, arguments)
+            trace.inlined |= dict.fromkeys(inline(graph, node, op, arguments), node.name)
         if launch is not None:
             sources = _sources(launch, arguments)
             early = [part.args[name] for part in launch.all for name in part.early]
@@ -127,7 +128,8 @@ def lower(
 def _refused(op: Op, node: Node, arguments: Mapping[str, Any], reason: str) -> Record:
     site = node.meta.get("fusionpass", Site())
     scheme = str(arguments.get("scheme", ""))
-    return Record(op.name, site.rules[-1] if site.rules else "", reason, site.where, site.source, scheme)
+    rule = site.rules[-1] if site.rules else ""
+    return Record(op.name, rule, reason, site.where, site.source, scheme, node=node.name)
 
 
 def _choose(
@@ -189,8 +191,8 @@ def _alone(op: Op, node: Node) -> str:
     return f"no rule folds it into {name}, which it reads"
 
 
-def inline(graph: Graph, node: Node, op: Op, arguments: Mapping[str, Any]) -> None:
-    """Replace an op node by the aten nodes of its reference."""
+def inline(graph: Graph, node: Node, op: Op, arguments: Mapping[str, Any]) -> list[str]:
+    """Replace an op node by the aten nodes of its reference; return their names."""
     names = [k for k, v in arguments.items() if isinstance(v, Node)]
     inputs = [arguments[k] for k in names]
 
@@ -216,3 +218,4 @@ def inline(graph: Graph, node: Node, op: Op, arguments: Mapping[str, Any]) -> No
             user.replace_all_uses_with(copies[result[user.args[1]]])
             erase_unused(graph, user)
     erase_unused(graph, node)
+    return [copies[source].name for source in body.nodes if source.op == "call_function"]

@@ -1,13 +1,14 @@
-"""products: PyTorch's products of quantised matrices → the op, on GPUs, where it means the same."""
+"""products: PyTorch's products of quantised matrices, and routers', → the ops, on GPUs, where they mean the same."""
 
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from ..graphs import aten, differs, inherit, source_line, value, where
+from ..graphs import CAST, VIEWS, aten, differs, erase_unused, inherit, source_line, value, where
 from ..infer import Inference
 from ..ops.gemm import OUTPUTS, scaled_mm
+from ..ops.gemm.linear import linear_bf16_fp32
 from ..report.trace import Site
 
 DEVICES = ("cuda",)
@@ -19,22 +20,24 @@ _TENSOR_WISE, _ROW_WISE = 0, 1
 
 def products(graph: Graph, disable: frozenset[str] = frozenset()) -> None:
     """Replace such calls in `graph`, in place; a call of another kind stays as it is."""
-    if scaled_mm.name in disable:
-        return
     infer = Inference()
-    for target, read in _SPELLINGS.items():
-        for node in graph.find_nodes(op="call_function", target=target):
-            arguments = read(node)
-            if arguments is None or node.meta["val"].device.type not in DEVICES:
+    for target, (op, read) in _SPELLINGS.items():
+        for node in graph.find_nodes(op="call_function", target=target) if op.name not in disable else ():
+            arguments = read(node) if node.meta["val"].device.type in DEVICES else None
+            if arguments is None:
                 continue
-            results = infer(scaled_mm, arguments)
+            results = infer(op, arguments)
             if isinstance(results, str) or differs(results[0], node.meta["val"]) is not None:
                 continue
+            old = node.all_input_nodes
             with graph.inserting_before(node):
-                made = graph.call_function(scaled_mm.overload, *scaled_mm.call(arguments))
-            made.meta = inherit(node, results[0], {"fusionpass": Site((), where(node), source_line(node))})
+                made = graph.call_function(op.overload, *op.call(arguments))
+            site = Site((), where(node), source_line(node), nodes=(node.name,))
+            made.meta = inherit(node, results[0], {"fusionpass": site})
             node.replace_all_uses_with(made)
             graph.erase_node(node)
+            for source in old:
+                erase_unused(graph, source)
 
 
 def _given(node: Node) -> dict[str, Any]:
@@ -69,6 +72,39 @@ def _arguments(node: Node, given: dict[str, Any], a_scale: Any, b_scale: Any) ->
     return {**operands, "bias": given.get("bias"), "out_dtype": name, "fast_accum": fast}
 
 
-_SPELLINGS = {aten._scaled_mm.default: _scaled_mm}
+def _linear(node: Node) -> dict[str, Any] | None:
+    """`mm` of what was bfloat16 before it was made float32 for this, as routers have it."""
+    found = [_widened(operand) for operand in node.args]
+    if not all(found):
+        return None
+    with node.graph.inserting_before(node):
+        x, w = (_again(*chain) for chain in found if chain is not None)
+        turned = node.graph.call_function(aten.permute.default, (w, [1, 0]))
+        turned.meta = inherit(w, w.meta["val"].permute(1, 0))
+    return {"x": x, "w": turned}
+
+
+def _widened(node: Any) -> tuple[Node, list[Node]] | None:
+    """What a cast to float32 widens, and the views between that and `node`, the last first."""
+    views: list[Node] = []
+    while node.target in (*VIEWS, aten.permute.default):
+        views.append(node)
+        node = node.args[0]
+    if node.target is not CAST or node.args[1] != torch.float32:
+        return None
+    source = node.args[0]
+    return (source, views) if source.meta["val"].dtype == torch.bfloat16 else None
+
+
+def _again(source: Node, views: list[Node]) -> Node:
+    """The same views of `source`."""
+    for view in reversed(views):
+        made = source.graph.call_function(view.target, (source, *view.args[1:]))  # type: ignore[arg-type]
+        made.meta = inherit(view, view.meta["val"].to(source.meta["val"].dtype))
+        source = made
+    return source
+
+
+_SPELLINGS = {aten._scaled_mm.default: (scaled_mm, _scaled_mm), aten.mm.default: (linear_bf16_fp32, _linear)}
 if hasattr(torch.ops.aten, "_scaled_mm_v2"):  # from torch 2.10 on
-    _SPELLINGS[torch.ops.aten._scaled_mm_v2.default] = _scaled_mm_v2
+    _SPELLINGS[torch.ops.aten._scaled_mm_v2.default] = (scaled_mm, _scaled_mm_v2)

@@ -150,7 +150,7 @@ def _search(spelling: Spelling, patterns: Iterable[Pattern], anchor: Node) -> li
 
 
 def _record(spelling: Spelling, anchor: Node, reason: str) -> Record:
-    return Record(spelling.op.name, spelling.name, reason, where(anchor), source_line(anchor))
+    return Record(spelling.op.name, spelling.name, reason, where(anchor), source_line(anchor), node=anchor.name)
 
 
 def _replace(
@@ -186,7 +186,8 @@ def _replace(
         return wrong
     with graph.inserting_before(point):
         node = graph.call_function(op.overload, *op.call(arguments))
-    site = Site((spelling.name,), where(match.root), source_line(match.root), note)
+    names = tuple(n.name for n in sorted(interior))
+    site = Site((spelling.name,), where(match.root), source_line(match.root), note, names)
     node.meta = inherit(match.root, results[0] if op.single else results, {"fusionpass": site})
     new = [node] if op.single else insert_outputs(graph, node, results)
     for old, output in zip(match.outputs, new, strict=True):

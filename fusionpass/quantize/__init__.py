@@ -1,10 +1,23 @@
 """Quantising a model's linears in place, so that the passes have quantisations to fuse."""
 
+from .checkpoint import load_quantized_, save_quantized
 from .linear import QuantizedLinear
+from .lower import lower_linears_
 from .model import quantize_
-from .report import QuantizedRecord, QuantizeReport, SkippedRecord
+from .pack import pack_linears_
+from .report import (
+    LoweredRecord,
+    LowerReport,
+    PackedRecord,
+    PackReport,
+    QuantizedRecord,
+    QuantizeReport,
+    SkippedRecord,
+)
 from .scheme import SCHEMES, LinearScheme
 
 __all__ = [
-    "SCHEMES", "LinearScheme", "QuantizeReport", "QuantizedLinear", "QuantizedRecord", "SkippedRecord", "quantize_",
+    "SCHEMES", "LinearScheme", "LowerReport", "LoweredRecord", "PackReport", "PackedRecord", "QuantizeReport",
+    "QuantizedLinear", "QuantizedRecord", "SkippedRecord", "load_quantized_", "lower_linears_", "pack_linears_",
+    "quantize_", "save_quantized",
 ]  # fmt: skip

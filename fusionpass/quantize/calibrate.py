@@ -1,5 +1,6 @@
 """Running a model on calibration data: the range of every linear's input, and which linears read the same tensor."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ Calibration = Iterable[Any] | Callable[[nn.Module], Any]
 
 @dataclass(frozen=True)
 class Observed:
-    """What a linear saw: the largest absolute value, and a key that is equal for linears that read the same tensors."""
+    """What a linear saw: the largest magnitude or a percentile; a key, equal for linears that read the same tensors."""
 
     amax: float
     inputs: tuple[int, ...]
@@ -28,7 +29,8 @@ class Observed:
 class _Inputs:
     """Numbers the distinct tensors that linears are called with."""
 
-    def __init__(self) -> None:
+    def __init__(self, percentile: float) -> None:
+        self.percentile = percentile
         self.numbers: dict[tuple[Any, ...], int] = {}
         self.amax: list[torch.Tensor] = []
         # A weak reference keeps the storage's address from being used again, not its memory.
@@ -43,20 +45,42 @@ class _Inputs:
         key = (storage.cdata, x.storage_offset(), x.shape, x.stride(), x.dtype, version)
         if key not in self.numbers:
             self.numbers[key] = len(self.amax)
-            self.amax.append(absolute_maximum(x) if x.numel() else x.new_zeros((), dtype=torch.float32))
+            self.amax.append(absolute_percentile(x, self.percentile))
             self.alive.append(storage)
         self.seen.setdefault(path, []).append(self.numbers[key])
 
 
+def absolute_percentile(x: torch.Tensor, percentile: float) -> torch.Tensor:
+    """The least magnitude that `percentile` % of the elements do not exceed, 0-dim fp32: at 100 the largest.
+
+    NaN if there is one in `x`; 0 for no elements.
+    """
+    if not x.numel():
+        return x.new_zeros((), dtype=torch.float32)
+    amax = absolute_maximum(x)
+    if percentile == 100 or not amax.isfinite():
+        return amax
+    # A float product may lie just above a whole number.
+    kth = math.ceil(round(x.numel() * percentile / 100, 6))
+    return x.detach().abs().flatten().float().kthvalue(max(kth, 1)).values
+
+
 def calibrate(
-    model: nn.Module, linears: Mapping[str, nn.Linear], calibration: Calibration | None, progress: bool
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    calibration: Calibration | None,
+    progress: bool,
+    percentile: float = 100.0,
 ) -> dict[str, Observed]:
     """What each of `linears` saw while `model` ran on `calibration`, in evaluation mode and without gradients.
+
+    Where `percentile` is less than 100, that of each input's magnitudes stands for their largest; over several calls
+    the largest of these counts.
 
     Raises:
         CalibrationError: there is no data, it has an item of a kind that cannot be passed on, or a linear never ran.
     """
-    inputs = _Inputs()
+    inputs = _Inputs(percentile)
     handles = [
         linear.register_forward_pre_hook(partial(inputs.record, path), with_kwargs=True)
         for path, linear in linears.items()

@@ -6,21 +6,22 @@ from typing import Any, Self, cast
 import torch
 from torch import nn
 
-from ..errors import ScaleError, SchemeError, nearest
+from ..errors import ScaleError, SchemeError
 from ..ops.quant import quantized
 from .product import product
 from .scheme import (
-    SCHEMES,
     LinearScheme,
     checked_scale,
     checked_scales,
+    linear_scheme,
     quantize_weight,
     weight_given_scale,
 )
+from .shard import Shard
 
 
-class QuantizedLinear(nn.Module):
-    """`y = x @ w.T + bias` with `x` and `w` quantised by a scheme of `SCHEMES`. For inference.
+class QuantizedLinear(Shard):
+    """`y = x @ w.T + bias` with `x` and `w` quantised by a `LinearScheme`. For inference.
 
     | scheme | `x` | `w` [N, K] | product |
     |---|---|---|---|
@@ -30,6 +31,10 @@ class QuantizedLinear(nn.Module):
     | mxfp8 | e4m3fn, a power of two per 32 | a power of two per 32 | dequantised |
     | nvfp4 | e2m1, an e4m3fn scale per 16, relative to a given one | the same | dequantised |
     | int8_token | int8, a scale per token | a scale per output channel | `torch._int_mm` |
+
+    These are the common ones. `LinearScheme.parse` says how others are written: a scale of the input that is computed
+    from the whole of it ("fp8_tensor"), a weight quantised otherwise ("fp8_static/fp8_token"), another rounding. One
+    scale on one side and one for each row or channel on the other is as many on both sides.
 
     `x` is quantised by the plain PyTorch arithmetic of `fusionpass.ops.quantize`, so that a pass recognises it.
     `torch._scaled_mm` accumulates in fp32 and `torch._int_mm` exactly; both run on every CPU, emulated where the
@@ -47,10 +52,10 @@ class QuantizedLinear(nn.Module):
         weight: codes [N, K], contiguous, in the scheme's dtype; for nvfp4 [N, K/2] uint8.
         weight_scale: fp32 of one element; [N, 1] per channel; [⌈N/128⌉, ⌈K/128⌉]; or [N, K/32] uint8 exponents and
             [N, K/16] e4m3fn.
-        input_scale: one fp32 element, for fp8_static and nvfp4 alone; a Parameter is kept as it is, and so may be
-            shared.
+        input_scale: one fp32 element, where the input's scheme takes a scale and does not compute it; a Parameter is
+            kept as it is, and so may be shared.
         bias: [N], or None.
-        scheme: a name in `SCHEMES`.
+        scheme: a `LinearScheme` or its string.
         weight_global_scale: for nvfp4, one fp32 element that `weight_scale` is relative to.
 
     Shapes: `x` [..., K] bfloat16, float16 or float32 → [..., N], same dtype.
@@ -71,11 +76,12 @@ class QuantizedLinear(nn.Module):
         weight_scale: torch.Tensor | float,
         input_scale: torch.Tensor | float | None = None,
         bias: torch.Tensor | None = None,
-        scheme: str = "fp8_static",
+        scheme: str | LinearScheme = "fp8_static",
         weight_global_scale: torch.Tensor | float | None = None,
     ) -> None:
         super().__init__()
-        self.scheme, self.kind = scheme, linear_scheme(scheme, "QuantizedLinear")
+        self.kind = linear_scheme(scheme, "QuantizedLinear")
+        self.scheme = scheme = str(self.kind)
         kind = self.kind.weight
         if weight.dtype != kind.code_dtype or weight.ndim != 2 or not weight.is_contiguous():
             raise SchemeError(
@@ -112,7 +118,7 @@ class QuantizedLinear(nn.Module):
         linear: nn.Linear,
         input_scale: torch.Tensor | float | None = None,
         weight_scale: torch.Tensor | float | None = None,
-        scheme: str = "fp8_static",
+        scheme: str | LinearScheme = "fp8_static",
     ) -> Self:
         """Quantise a linear's weight.
 
@@ -120,7 +126,7 @@ class QuantizedLinear(nn.Module):
             linear: its weight is [N, K], K a multiple of the scheme's group.
             input_scale: as the class takes it.
             weight_scale: of the whole weight, for fp8_static and nvfp4; None: from its largest magnitude.
-            scheme: a name in `SCHEMES`.
+            scheme: a `LinearScheme` or its string.
 
         Raises:
             SchemeError, ScaleError: as the class; also where the weight is not finite, or is all zeros and has one
@@ -144,10 +150,13 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., K] → [..., N], in the input's dtype."""
-        codes, *scales = quantized(input, self.input_scale, self.kind.input)
+        if (packed := self.packed(input)) is not None:
+            return packed
+        given = self.input_scale if self.kind.amax_dtype is None else self.kind.input_scale(input)
+        codes, *scales = quantized(input, given, self.kind.input)
         codes = codes.reshape(-1, codes.shape[-1]).contiguous()
         scales = [scale.reshape(-1, scale.shape[-1]) for scale in scales]
-        return product(self, codes, scales, input.dtype).view(*input.shape[:-1], self.out_features)
+        return product(self, codes, scales, given, input.dtype).view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """As `nn.Linear`'s, with the scheme."""
@@ -167,7 +176,9 @@ class QuantizedLinear(nn.Module):
             # Codes and scales mean nothing in another dtype, so a cast is undone and a move is kept.
             return moved if t is self.bias or moved.dtype == t.dtype else t.to(moved.device)
 
-        return cast(Self, super()._apply(keep_dtype, recurse))  # type: ignore[no-untyped-call]
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        self.moved(fn)
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in ("weight_scale", "input_scale", "weight_global_scale"):
@@ -189,15 +200,14 @@ class QuantizedLinear(nn.Module):
             self.input_scale = shared
 
 
-def linear_scheme(name: str, where: str) -> LinearScheme:
-    """The scheme of that name.
-
-    Raises:
-        SchemeError: there is none.
-    """
-    if name not in SCHEMES:
-        raise SchemeError(f"there is no scheme {name!r}", where, nearest(str(name), SCHEMES))
-    return SCHEMES[name]
+def share_input_scales(model: nn.Module) -> None:
+    """Make one Parameter of equal input scales of linears that are side by side in one module."""
+    for parent in model.modules():
+        first: dict[tuple[Any, ...], nn.Parameter] = {}
+        for child in parent.children():
+            if isinstance(child, QuantizedLinear) and child.input_scale is not None:
+                key = (child.input_scale.item(), child.input_scale.device, child.in_features)
+                child.input_scale = first.setdefault(key, child.input_scale)
 
 
 def _constant(t: torch.Tensor) -> nn.Parameter:

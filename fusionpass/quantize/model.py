@@ -10,10 +10,10 @@ from torch import nn
 from ..errors import CalibrationError, NothingToQuantizeError
 from ..ops.quant.scheme import Scheme
 from .calibrate import Calibration, Observed, calibrate
-from .linear import QuantizedLinear, linear_scheme
+from .linear import QuantizedLinear
 from .report import QuantizedRecord, QuantizeReport, SkippedRecord
-from .scheme import given_scale, weight_given_scale
-from .select import select
+from .scheme import given_scale, linear_scheme, weight_given_scale
+from .select import replace, select
 
 
 def quantize_(
@@ -23,6 +23,7 @@ def quantize_(
     skip: str | Iterable[str] = (),
     *,
     tied: bool = False,
+    percentile: float = 100.0,
     progress: bool | None = None,
 ) -> QuantizeReport:
     """Replace the `nn.Linear`s of `model` by `QuantizedLinear`s, in place.
@@ -39,12 +40,16 @@ def quantize_(
 
     Args:
         model: any module; its training mode is restored. Call this before `fusionpass.compile`.
-        scheme: "fp8_static", "fp8_token", "fp8_group128", "mxfp8", "nvfp4" or "int8_token".
-        calibration: for "fp8_static" and "nvfp4", and no other: an iterable of inputs (a tensor, a dict of keywords, or
-            a tuple of arguments each), or a function that is called with `model` and runs it.
+        scheme: "fp8_static", "fp8_token", "fp8_group128", "mxfp8", "nvfp4", "int8_token", or as `LinearScheme.parse`
+            takes it: "fp8_static/fp8_token" has a scale for each output channel of the weight.
+        calibration: for schemes whose inputs take a scale that is given, and no other: an iterable of inputs (a tensor,
+            a dict of keywords, or a tuple of arguments each), or a function that is called with `model` and runs it.
         skip: rules naming modules to leave alone, each a run of whole dotted segments of the path, globs allowed:
-            "lm_head", "layers.0", "layers.*.mlp".
+            "lm_head", "layers.0", "layers.*.mlp"; or "re:" and a regular expression for the beginning of the path. What
+            a Hugging Face model's `config.quantization_config` leaves alone is left alone, too.
         tied: also quantise linears whose weight belongs to another module too; the other module keeps its own.
+        percentile: of each input's magnitudes in the calibration data, what stands for the largest of them, up to 100;
+            over several inputs the largest of these counts. What lies above it saturates.
         progress: show a bar; None: where stderr is a terminal.
 
     Returns:
@@ -60,6 +65,10 @@ def quantize_(
     kind = linear_scheme(scheme, "quantize_")
     if calibration is not None and not kind.calibrated:
         raise CalibrationError(f"{scheme!r} computes the scales of its inputs", "calibration", "Leave calibration out")
+    if not 0 < percentile <= 100:
+        raise CalibrationError(f"the percentile is {percentile}", "percentile", "It lies above 0 and up to 100")
+    if percentile < 100 and not kind.calibrated:
+        raise CalibrationError(f"{scheme!r} computes the scales of its inputs", "percentile", "Leave percentile out")
     chosen, reasons = select(model, skip, tied, scheme)
     if not chosen:
         raise NothingToQuantizeError(*_nothing(model, reasons))
@@ -71,7 +80,7 @@ def quantize_(
     }
     input_scales: dict[str, nn.Parameter | None] = dict.fromkeys(chosen)
     if kind.calibrated:
-        input_scales |= _input_scales(chosen, calibrate(model, chosen, calibration, shown), kind.input)
+        input_scales |= _input_scales(chosen, calibrate(model, chosen, calibration, shown, percentile), kind.input)
 
     first: dict[nn.Parameter | None, str] = {}
     records = tuple(
@@ -87,7 +96,7 @@ def quantize_(
     order = sorted(chosen, key=lambda path: chosen[path].weight.numel(), reverse=True)
     for path in track(order, "quantising", console=console, disable=not shown, transient=True):
         linear = chosen.pop(path)
-        _replace(model, linear, QuantizedLinear.from_linear(linear, input_scales[path], weight_scales[path], scheme))
+        replace(model, linear, QuantizedLinear.from_linear(linear, input_scales[path], weight_scales[path], scheme))
     return QuantizeReport(scheme, records, tuple(SkippedRecord(path, reason) for path, reason in reasons.items()))
 
 
@@ -119,11 +128,3 @@ def _input_scales(
 
 def _number(scale: torch.Tensor | None) -> float | None:
     return None if scale is None else scale.item()
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` is registered; one module may hang under several names."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, name, new)

@@ -1,6 +1,6 @@
 """Matrix products of quantised operands."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,24 +13,34 @@ if TYPE_CHECKING:
 
 
 def product(
-    layer: "QuantizedLinear", codes: torch.Tensor, scales: list[torch.Tensor], dtype: torch.dtype
+    layer: "QuantizedLinear",
+    codes: torch.Tensor,
+    scales: list[torch.Tensor],
+    given: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """[M, N] in `dtype`: the codes [M, K] of an input times the layer's weight, plus its bias.
 
     Args:
         layer: says how both are quantised.
         codes: contiguous.
-        scales: those computed for `codes`, with a row for each of its rows; none where the layer holds the input's.
+        scales: those computed for `codes`, with a row for each of its rows; none where the one is given.
+        given: the scale that the input's scheme takes, or None.
         dtype: of the result.
     """
-    kind = layer.kind.input
-    if kind.granularity == "tensor":
-        assert layer.input_scale is not None
-        return single_scales(codes, layer.weight.t(), layer.input_scale, layer.weight_scale, layer.bias, dtype)
-    if kind.granularity == "token":
-        scaled = int8_scales if kind.dtype == torch.int8 else row_scales
-        return scaled(codes, layer.weight.t(), scales[0], layer.weight_scale.t(), layer.bias, dtype)
-    x = dequantize(codes, scales[0], kind, layer.input_scale)
-    weight = dequantize(layer.weight, layer.weight_scale, layer.kind.weight, layer.weight_global_scale)
+    kind, weight_scale = layer.kind, layer.weight_scale
+    if {kind.input.granularity, kind.weight.granularity} <= {"tensor", "token"}:
+        a_scale = scales[0] if scales else given
+        assert a_scale is not None
+        operands = codes, layer.weight.t()
+        if kind.input.dtype == torch.int8:
+            return int8_scales(*operands, a_scale, weight_scale.t(), layer.bias, dtype)
+        if kind.input.static and kind.weight.static:
+            return single_scales(*operands, a_scale, weight_scale, layer.bias, dtype)
+        # One scale for each row and column, or one for the whole of both: there is no product of one and many.
+        rows, columns = a_scale.expand(codes.shape[0], 1), weight_scale.t().expand(1, layer.out_features)
+        return row_scales(*operands, rows.contiguous(), columns.contiguous(), layer.bias, dtype)
+    x = dequantize(codes, scales[0] if scales else cast(torch.Tensor, given), kind.input, given)
+    weight = dequantize(layer.weight, weight_scale, kind.weight, layer.weight_global_scale)
     bias = None if layer.bias is None else layer.bias.to(dtype)
     return F.linear(x.to(dtype), weight.to(dtype), bias)

@@ -1,5 +1,6 @@
 """What `quantize_` did to each linear."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -60,3 +61,80 @@ class QuantizeReport:
             lines.append(f"{len(self.skipped)} left alone")
             lines += [f"  {s.where:<{width}}  {s.reason}" for s in self.skipped]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class LoweredRecord:
+    """A linear that was made ours.
+
+    Attributes:
+        where: its module path.
+        shape: (out_features, in_features).
+        source: what it was, `library.Class`.
+        scheme: what it is now, as `LinearScheme.parse` takes it.
+    """
+
+    where: str
+    shape: tuple[int, int]
+    source: str
+    scheme: str
+
+
+@dataclass(frozen=True)
+class LowerReport:
+    """The linears of a model in their order: those that were made ours, those that were not. `str()` is readable."""
+
+    lowered: tuple[LoweredRecord, ...]
+    left: tuple[SkippedRecord, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        paths = [r.where for r in self.lowered] + [s.where for s in self.left]
+        width = max(map(len, paths), default=0)
+        lines = [f"{len(self.lowered)} linears lowered"]
+        lines += [f"  {r.where:<{width}}  {r.shape[1]} → {r.shape[0]}, {r.source} → {r.scheme}" for r in self.lowered]
+        return "\n".join([*lines, *_left_alone(self.left, width)])
+
+
+@dataclass(frozen=True)
+class PackedRecord:
+    """Linears that have one storage.
+
+    Attributes:
+        where: their module paths.
+        shape: (the sum of out_features, in_features).
+        scheme: how they are quantised, or None.
+        unified: the scales that differed, and are the largest of them now.
+    """
+
+    where: tuple[str, ...]
+    shape: tuple[int, int]
+    scheme: str | None
+    unified: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """The linears of a model that belong together by name. `str()` is readable."""
+
+    packed: tuple[PackedRecord, ...]
+    left: tuple[SkippedRecord, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.packed)} packs of linears"]
+        for r in self.packed:
+            told = f"{r.shape[1]} → {r.shape[0]}" + (f", {r.scheme}" if r.scheme else "")
+            lines.append(f"  {', '.join(r.where)}: {told}" + (f", one {' and '.join(r.unified)}" if r.unified else ""))
+        return "\n".join([*lines, *_left_alone(self.left)])
+
+
+def _left_alone(left: Sequence[SkippedRecord], width: int = 0) -> list[str]:
+    """Lines about linears that stay as they are, their paths padded to `width`."""
+    return [f"{len(left)} left alone", *(f"  {s.where:<{width}}  {s.reason}" for s in left)] if left else []

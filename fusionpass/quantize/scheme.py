@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from ..errors import ScaleError
+from ..errors import ScaleError, SchemeError, nearest
 from ..ops.quant import quantized
 from ..ops.quant.scheme import Scheme
 
@@ -19,35 +20,102 @@ class LinearScheme:
     Args:
         input: the scheme of what it reads.
         weight: the scheme of its weight [N, K]; "per token" is per output channel there.
+        amax_dtype: None where the scale that the input's scheme takes is given; else it is computed, from the largest
+            magnitude of the whole input: "float32", or "input", where the quotient is rounded to the input's dtype.
     """
 
     input: Scheme
     weight: Scheme
+    amax_dtype: str | None = None
 
     @property
     def calibrated(self) -> bool:
-        """Whether the input's scheme takes a scale, which calibration data has to give."""
-        return self.input.takes_scale
+        """Whether the input's scheme takes a scale that the linear holds, which calibration data has to give."""
+        return self.input.takes_scale and self.amax_dtype is None
 
     @property
     def multiple(self) -> int:
-        """What K has to be a multiple of: the group, and 16 for the matrix units."""
-        return max(16, self.input.group or 1)
+        """What K has to be a multiple of: the groups, and 16 for the matrix units."""
+        return max(16, self.input.group or 1, self.weight.group or 1)
+
+    def input_scale(self, x: torch.Tensor) -> torch.Tensor:
+        """The scale that the input's scheme takes for `x` [..., K], from its largest magnitude: 0-dim fp32."""
+        # An input without tokens has no maximum.
+        amax = F.pad(x.abs().amax(-1).flatten(), (0, 1)).amax()
+        step = amax.float() / _divisor(self.input)
+        if self.amax_dtype == "input":
+            step = step.to(x.dtype).float()
+        return step.clamp(min=_LEAST)
+
+    def __str__(self) -> str:
+        text = str(self.input)
+        name = text.partition(",")[0]
+        if self.amax_dtype is not None:
+            whole = next(key for key, given in WHOLE.items() if given == name)
+            rounded = ",amax_dtype=input" if self.amax_dtype == "input" else ""
+            text = whole + rounded + text.removeprefix(name)
+        return text if self.weight == Scheme.parse(_WEIGHTS.get(name, name)) else f"{text}/{self.weight}"
+
+    @staticmethod
+    def parse(text: str) -> "LinearScheme":
+        """A scheme from `"INPUT"` or `"INPUT/WEIGHT"`, each as `Scheme.parse` takes it.
+
+        Without a weight's scheme it is the input's by name, "fp8_block128" for "fp8_group128". "fp8_tensor" and
+        "nvfp4_tensor" are "fp8_static" and "nvfp4" whose input's scale is computed from the whole of it; they have the
+        override `amax_dtype=input`.
+
+        Raises:
+            SchemeError: the name or an override does not exist, or the two schemes do not go together.
+        """
+        given, _, weight = text.partition("/")
+        name, *overrides = given.split(",")
+        amax_dtype = None
+        if name in WHOLE:
+            name, amax_dtype = WHOLE[name], "float32"
+            if "amax_dtype=input" in overrides:
+                overrides.remove("amax_dtype=input")
+                amax_dtype = "input"
+        kind = Scheme.parse(",".join([name, *overrides]))
+        made = LinearScheme(kind, Scheme.parse(weight or _WEIGHTS.get(name, name)), amax_dtype)
+        if kind.granularity == "block128":
+            raise SchemeError(f"{name!r} is for weights", "scheme", f"An input takes {_INPUTS[name]!r}")
+        if (torch.int8 in (kind.dtype, made.weight.dtype)) and kind.dtype != made.weight.dtype:
+            raise SchemeError(f"{text!r} multiplies {kind.dtype} by {made.weight.dtype}", "scheme", "Use one dtype")
+        return made
 
 
-def _linear_scheme(name: str, weight: str | None = None) -> LinearScheme:
-    return LinearScheme(Scheme.parse(name), Scheme.parse(weight or name))
-
+WHOLE = {"fp8_tensor": "fp8_static", "nvfp4_tensor": "nvfp4"}
+"""Schemes of a linear whose input's scale is computed from the whole of it: how the input is quantised then."""
+_WEIGHTS = {"fp8_group128": "fp8_block128"}
+"""By the name of an input's scheme, the weight's where it is another."""
+_INPUTS = {weight: given for given, weight in _WEIGHTS.items()}
+_LEAST = 1e-12
+"""Of a scale computed from a whole input, so that zeros give zeros."""
 
 SCHEMES = {
-    "fp8_static": _linear_scheme("fp8_static"),
-    "fp8_token": _linear_scheme("fp8_token"),
-    "fp8_group128": _linear_scheme("fp8_group128", "fp8_block128"),
-    "mxfp8": _linear_scheme("mxfp8"),
-    "nvfp4": _linear_scheme("nvfp4"),
-    "int8_token": _linear_scheme("int8_token"),
+    name: LinearScheme.parse(name)
+    for name in ("fp8_static", "fp8_token", "fp8_group128", "mxfp8", "nvfp4", "int8_token")
 }
-"""By the name of the input's scheme."""
+"""The common ones by name; `LinearScheme.parse` makes the others."""
+
+
+def linear_scheme(scheme: str | LinearScheme, where: str) -> LinearScheme:
+    """The scheme of that name, or the one given.
+
+    Raises:
+        SchemeError: there is none.
+    """
+    if isinstance(scheme, LinearScheme):
+        return scheme
+    known = [*SCHEMES, *WHOLE]
+    if str(scheme).partition("/")[0].partition(",")[0] not in known:
+        raise SchemeError(f"there is no scheme {scheme!r}", where, nearest(str(scheme), known))
+    return LinearScheme.parse(scheme)
+
+
+def _divisor(kind: Scheme) -> float:
+    """What the largest magnitude is divided by, for the scale that `kind` takes."""
+    return kind.max if kind.static else kind.max * torch.finfo(kind.scale_dtype).max
 
 
 def given_scale(amax: torch.Tensor, kind: Scheme, where: str) -> torch.Tensor:
@@ -59,7 +127,7 @@ def given_scale(amax: torch.Tensor, kind: Scheme, where: str) -> torch.Tensor:
         ScaleError: `amax` is zero or not finite.
     """
     try:
-        return checked_scale(amax / (kind.max if kind.static else kind.max * torch.finfo(kind.scale_dtype).max), where)
+        return checked_scale(amax / _divisor(kind), where)
     except ScaleError:
         raise _useless(amax, where) from None
 

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
+from .replay import program
 from .trace import GraphTrace
 
 _ACTIVE: "contextvars.ContextVar[Path | None]" = contextvars.ContextVar("fusionpass_dump", default=None)
@@ -19,8 +22,21 @@ def active_dump() -> Path | None:
     return _ACTIVE.get()
 
 
+def of_rank(folder: str | Path) -> Path:
+    """`folder`, or its own folder for this process among several that run together."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return Path(folder) / f"rank_{distributed.get_rank()}"
+    return Path(folder)
+
+
 def write_graph(folder: Path, trace: GraphTrace) -> Path:
-    """Write one graph's snapshots and generated code under `folder`, numbered; return its own folder."""
+    """Write one graph's snapshots and generated code under `folder`, numbered; return its own folder.
+
+    Args:
+        folder: made if missing; a graph that is there already stays.
+        trace: of the graph, with snapshots.
+    """
     own = folder / f"graph_{trace.index:03d}"
     taken = 0
     while own.exists():
@@ -28,14 +44,43 @@ def write_graph(folder: Path, trace: GraphTrace) -> Path:
         own = folder / f"graph_{trace.index:03d}.{taken}"
     own.mkdir(parents=True)
     for number, (name, text) in enumerate(trace.snapshots):
-        (own / f"{number:02d}_{name}.py").write_text(text)
+        (own / f"{number:02d}_{name}.py").write_text(program(text, trace.mains.get(name, "")))
     for number, source in enumerate(trace.sources):
         (own / f"{len(trace.snapshots) + number:02d}_generated.py").write_text(source)
     lines = [f"{kind}: {record}" for kind in ("fused", "refused", "missed") for record in getattr(trace, kind)]
     if trace.skipped:
         lines.append(f"left alone: {trace.skipped}")
     (own / "report.txt").write_text("\n".join([*lines, ""]))
+    if trace.origins:
+        (own / "kernels.md").write_text(_kernels(trace))
     return own
+
+
+def _kernels(trace: GraphTrace) -> str:
+    """Each kernel of the generated code with the ops, and the other nodes, that it computes."""
+    records = {record.node: record for record in trace.fused}
+    lines = ["| kernel | computes |", "|---|---|"]
+    for kernel, nodes in trace.origins.items():
+        told: dict[str, None] = {}
+        for node in nodes:
+            record = records.get(trace.inlined.get(node, node))
+            told[f"**{record.op}** in {record.where or 'no module'}" if record else f"`{node}`"] = None
+        lines.append(f"| `{kernel}` | {', '.join(sorted(told))} |")
+    return "\n".join([*lines, ""])
+
+
+def write_index(folder: Path) -> None:
+    """Write `folder/index.md`, which lists the graphs that are there and tells what their kernels compute."""
+    lines = ["# Graphs before and after each pass", ""]
+    lines += ["`python FILE` runs a graph on random inputs; `--against OTHER` compares it with another.", ""]
+    for own in sorted(path for path in folder.glob("graph_*") if path.is_dir()):
+        files = sorted(path.name for path in own.iterdir())
+        lines += [f"## {own.name}", "", *(f"- [{name}]({own.name}/{name})" for name in files), ""]
+        if (kernels := own / "kernels.md").is_file():
+            lines += [kernels.read_text()]
+    others = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("graph_"))
+    lines += [f"[{name}]({name}/)" for name in others]
+    (folder / "index.md").write_text("\n".join([*lines, ""]))
 
 
 @contextlib.contextmanager
@@ -78,23 +123,24 @@ def _decompiled(folder: Path) -> Iterator[None]:
 def dump(path: str | Path) -> Iterator[Path]:
     """Write every graph that is compiled inside the block under `path`.
 
-    For each: numbered files before the first pass and after each one, as readable Python; the Triton or C++ code that
-    Inductor generated; the records of the report. depyf's decompiled bytecode goes to `path/depyf`, or to
-    `path/depyf/failed.txt` why there is none. Inductor's caches are off inside the block, since depyf finds nothing in
-    a warm one.
+    For each: numbered files before the first pass and after each one, as Python that runs the graph on random inputs;
+    the Triton or C++ code that Inductor generated, and what each kernel in it computes; the records of the report.
+    `path/index.md` lists them. Where processes run together (torch.distributed), each has `path/rank_N`. depyf's
+    decompiled bytecode goes to `path/depyf`, or to `path/depyf/failed.txt` why there is none. Inductor's caches are off
+    inside the block, since depyf finds nothing in a warm one.
 
     Args:
         path: a folder, made if missing; files that are there stay.
 
     Yields:
-        `path`.
+        The folder that is written to.
 
     Warns:
         UserWarning: nothing was compiled inside the block, for example because the model had run before.
     """
     from torch._inductor import config as inductor_config
 
-    folder = Path(path)
+    folder = of_rank(path)
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.iterdir())
     token = _ACTIVE.set(folder)
@@ -104,7 +150,7 @@ def dump(path: str | Path) -> Iterator[Path]:
     finally:
         _ACTIVE.reset(token)
         made = sorted(p.name for p in set(folder.iterdir()) - before if p.name != "depyf")
-        (folder / "index.txt").write_text("\n".join([*sorted(p.name for p in folder.iterdir() if p.is_dir()), ""]))
+        write_index(folder)
         if not made:
             warnings.warn(
                 f"nothing was compiled inside fusionpass.dump({str(path)!r}): run a model in it that has not run "

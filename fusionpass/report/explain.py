@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule
 from .. import inductor, pipeline
 from ..arch import Arch
 from ..config import Config
+from ..passes.masks import masks
 from .trace import Report
 
 
@@ -44,6 +45,7 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
             passes = [*pipeline.early(options, trace), *pipeline.late(options, trace)]
             pipeline.run(passes, graph, options, trace, keep=True)
 
+        report.model_graphs[-1].masks = masks(gm, options.disable)
         return inductor.trace_graph(gm, inputs, run, options.disable)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)

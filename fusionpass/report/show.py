@@ -24,8 +24,8 @@ def show(graph: Graph, rename: bool = False) -> str:
     """
     names = {n: f"v{i}" if rename else n.name for i, n in enumerate(graph.nodes)}
     inputs = [n for n in graph.nodes if n.op in ("placeholder", "get_attr")]
-    rows = [(f"{names[n]},", _describe(n)) for n in inputs]
-    body = [(f"{names[n]} = {_call(n, names)}", _describe(n)) for n in graph.nodes if n.op == "call_function"]
+    rows = [(f"{names[n]},", describe(n)) for n in inputs]
+    body = [(f"{names[n]} = {_call(n, names)}", describe(n)) for n in graph.nodes if n.op == "call_function"]
     head = [
         *(f"import {module}" for module in ("math", "operator") if any(f" = {module}." in text for text, _ in body)),
         "import torch",
@@ -43,8 +43,14 @@ def _commented(rows: list[tuple[str, str]]) -> list[str]:
     return [f"    {text}  # {comment}" if comment else f"    {text}" for text, comment in rows]
 
 
-def _describe(node: Node) -> str:
+def describe(node: Node) -> str:
+    """The type of a node's value: "bf16[3, 64]", with the strides where they are not dense."""
     return _type(node.meta.get("val"))
+
+
+def spell(node: Node) -> str:
+    """A call as Python: "aten.mul.Tensor(x, 2.0)"."""
+    return _call(node, {source: source.name for source in node.all_input_nodes})
 
 
 def _type(val: Any) -> str:

@@ -5,65 +5,14 @@ import dataclasses
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..runtime.notes import Memory
+from .nodes import NodeRecord
+from .records import Record, Site
 
-
-@dataclass(frozen=True)
-class Site:
-    """Where an op in a graph came from.
-
-    Args:
-        rules: the rules that made it, in order; empty where the model called the op itself.
-        where: module path.
-        source: "file:line, code".
-        note: why a rule that would have taken more was refused here.
-    """
-
-    rules: tuple[str, ...] = ()
-    where: str = ""
-    source: str = ""
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One fusion site.
-
-    Attributes:
-        op: the op that runs there, or that the nearest rule would have made.
-        rule: the last rule applied, or the nearest one; empty where the model called the op itself.
-        reason: fused: why this backend, and why no larger op took it in; refused and missed: why not.
-        where: module path, "model.layers.0.input_layernorm".
-        source: "file:line, code" of the model.
-        scheme: quantisation scheme, or "".
-        backend: what runs it: "triton"; "late", chosen for each size as it comes; or "inductor" (plain aten, C++ on a
-            CPU). Fused only.
-        rules: all rules applied, in order.
-        graphs: the indices of the compiled graphs that have this site.
-    """
-
-    op: str
-    rule: str
-    reason: str
-    where: str
-    source: str = ""
-    scheme: str = ""
-    backend: str = ""
-    rules: tuple[str, ...] = ()
-    graphs: tuple[int, ...] = ()
-
-    @staticmethod
-    def of(fields: Mapping[str, Any]) -> "Record":
-        """The record of which `fields` are the JSON values."""
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return Record(**plain)
-
-    def __str__(self) -> str:
-        head = f"{self.where or '<no module>'}: {self.op}"
-        details = ", ".join(part for part in (self.scheme, self.rule, self.backend) if part)
-        return f"{head} [{details}] {self.reason}".rstrip()
+__all__ = ["GraphTrace", "ModelGraph", "PieceRecord", "Record", "Report", "Site"]
 
 
 @dataclass
@@ -72,8 +21,13 @@ class GraphTrace:
 
     Attributes:
         index: the number of the graph in its compile session.
+        before: the nodes of the graph in front of `recognise`.
+        after: the nodes in front of `lower`, where each op is still one node.
         snapshots: (name, text) before the first pass and after each that changed something.
+        inlined: for the nodes that an op became again, the op's node.
+        mains: what makes each of these a program, by name.
         sources: the code that Inductor generated.
+        origins: for a kernel in that code, the nodes that it computes; only where graphs are dumped.
         kernels: how many kernels that code defines.
         skipped: why the passes left it alone; empty if they did not.
         seconds: of each pass.
@@ -84,8 +38,13 @@ class GraphTrace:
     fused: list[Record] = field(default_factory=list)
     refused: list[Record] = field(default_factory=list)
     missed: list[Record] = field(default_factory=list)
+    before: list[NodeRecord] = field(default_factory=list)
+    after: list[NodeRecord] = field(default_factory=list)
     snapshots: list[tuple[str, str]] = field(default_factory=list)
+    inlined: dict[str, str] = field(default_factory=dict)
+    mains: dict[str, str] = field(default_factory=dict)
     sources: list[str] = field(default_factory=list)
+    origins: dict[str, list[str]] = field(default_factory=dict)
     kernels: int = 0
     skipped: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -93,13 +52,17 @@ class GraphTrace:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain JSON values, for the cache."""
-        return dataclasses.asdict(self)
+        nodes = {side: [dataclasses.astuple(node) for node in getattr(self, side)] for side in ("before", "after")}
+        return {**dataclasses.asdict(dataclasses.replace(self, before=[], after=[])), **nodes}
 
     def update(self, saved: Mapping[str, Any]) -> None:
         """Take over what `to_dict` gave in another process."""
         for kind in ("fused", "refused", "missed"):
             setattr(self, kind, [Record.of(fields) for fields in saved[kind]])
+        for side in ("before", "after"):
+            setattr(self, side, [NodeRecord.of(values) for values in saved[side]])
         self.snapshots = [(name, text) for name, text in saved["snapshots"]]
+        self.inlined, self.mains, self.origins = dict(saved["inlined"]), dict(saved["mains"]), dict(saved["origins"])
         self.sources, self.kernels, self.skipped = list(saved["sources"]), saved["kernels"], saved["skipped"]
         self.seconds, self.cached = dict(saved["seconds"]), True
 
@@ -139,6 +102,7 @@ class ModelGraph:
         graph_break: why Dynamo ended it early, if it did.
         recompiled: the guard that failed, where there is a graph of the same code already.
         pieces: in order.
+        masks: what was found of the masks of its attention.
         replay: how it runs under CUDA graphs, a `runtime.notes.ProgramNote`; None where it does not.
     """
 
@@ -146,6 +110,7 @@ class ModelGraph:
     graph_break: str = ""
     recompiled: str = ""
     pieces: list[PieceRecord] = field(default_factory=list)
+    masks: list[str] = field(default_factory=list)
     replay: Any = None
 
 
@@ -259,11 +224,25 @@ class Report:
                 "graph_break": graph.graph_break,
                 "recompiled": graph.recompiled,
                 "pieces": [dataclasses.asdict(piece) for piece in graph.pieces],
+                "masks": graph.masks,
                 "replay": None if graph.replay is None else dataclasses.asdict(graph.replay),
             }
             for graph in self.model_graphs
         ]
         return {"title": self.title, "kernels": self.kernels, "graphs": graphs, "model_graphs": models, **kinds}
+
+    def write_html(self, path: str | Path) -> Path:
+        """Write the report as one HTML page that needs nothing else; see `report/html.py`.
+
+        Args:
+            path: the file; its folder is made if missing.
+
+        Returns:
+            `path`.
+        """
+        from .html import write_html
+
+        return write_html(self, path)
 
     def __str__(self) -> str:
         if not self.graphs:
@@ -287,6 +266,7 @@ class Report:
         ]
         lines += [f"  graph break: {reason}" for reason in self.graph_breaks]
         lines += [f"  recompiled: {reason}" for reason in self.recompiles]
+        lines += [f"  {line}" for line in dict.fromkeys(line for g in self.model_graphs for line in g.masks)]
         replays = [g.replay for g in self.model_graphs if g.replay is not None and g.replay.mode != "off"]
         lines += [f"  {line}" for replay in replays for line in str(replay).splitlines()]
         lines += [f"  graph {g.index} left alone: {g.skipped}" for g in self.graphs if g.skipped]

@@ -101,6 +101,8 @@ def mutates(node: Node) -> bool:
     if isinstance(target, torch._ops.OpOverloadPacket):
         return any(getattr(target, overload)._schema.is_mutable for overload in target.overloads())
     name = qualified_name(node).rsplit(".", 1)[-1]
+    if target in (operator.and_, operator.or_, operator.not_, operator.is_):
+        return False  # named so because "and" is a word of Python's
     return bool(_MUTATES.search(name)) or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
 
 

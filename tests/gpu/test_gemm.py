@@ -8,13 +8,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fusionpass.arch import Arch
+from fusionpass.errors import ArgumentError
 from fusionpass.launch import Launch
-from fusionpass.ops import quantize, scaled_mm
+from fusionpass.ops import linear_bf16_fp32, quantize, scaled_mm
 from fusionpass.testing import difference
 
 pytest.importorskip("triton")
 from fusionpass.ops.gemm.stream import ROWS, Cut
-from tests.gemm import FP8, INT8, arguments_for_product, arguments_for_products, check_product, product_of
+from tests.gemm import (
+    FP8,
+    INT8,
+    arguments_for_product,
+    arguments_for_products,
+    check_linear,
+    check_product,
+    product_of,
+)
 
 DEVICE = torch.device("cuda")
 # One row multiplies one by one; 16, 32 and 64 are what the others are padded to.
@@ -31,7 +40,7 @@ SHAPES = [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (2880, 5120)
 def test_drawn_arguments(dtype: torch.dtype, rows: int, cut: Cut | None, data: st.DataObject) -> None:
     k = data.draw(st.sampled_from([16, 64, 272, 4096]))
     arguments = data.draw(arguments_for_product("cuda", rows, 600, k, (dtype,)))
-    check_product(Arch.of(DEVICE), arguments, cut if cut != CUTS[1] or rows == 1 else None, data.draw(st.booleans()))
+    check_product(Arch.of(DEVICE), arguments, cut if cut != CUTS[1] or rows == 1 else None)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 64])
@@ -41,7 +50,7 @@ def test_drawn_arguments(dtype: torch.dtype, rows: int, cut: Cut | None, data: s
 def test_several_weights(rows: int, cut: Cut | None, data: st.DataObject) -> None:
     k = data.draw(st.sampled_from([16, 272, 4096]))
     arguments = data.draw(arguments_for_products("cuda", rows, 600, k))
-    check_product(Arch.of(DEVICE), arguments, cut, data.draw(st.booleans()))
+    check_product(Arch.of(DEVICE), arguments, cut)
 
 
 def made(rows: int, columns: int, k: int, dtype: torch.dtype = FP8, **changes: Any) -> dict[str, Any]:
@@ -78,7 +87,7 @@ def test_past_32_bit_offsets() -> None:
 
 
 def test_chain_under_dependent_launch() -> None:
-    """Each reads what the one before it wrote, with the weights fetched early: as with a wait in between."""
+    """Each reads what the one before it wrote, and is launched before that is there: as with a wait in between."""
     arch = Arch.of(DEVICE)
     weights = [made(8, 4096, 4096)["b"] for _ in range(4)]
     given = made(8, 4096, 4096)
@@ -91,7 +100,7 @@ def test_chain_under_dependent_launch() -> None:
                 torch.cuda.synchronize()
             launch, _ = scaled_mm.plan(arch, {**given, "a": q, "a_scale": scale, "b": weight})
             assert isinstance(launch, Launch)
-            found.append((launch if wait else launch.reading_early()).run()[0])
+            found.append((launch if wait else launch.launching_early()).run()[0])
             if wait:
                 torch.cuda.synchronize()
             x = found[-1]
@@ -110,3 +119,22 @@ def test_more_rows_go_to_cublas() -> None:
     assert scaled_mm.plan(Arch.of(DEVICE), made(ROWS + 1, 64, 64))[0] is None
     given = made(ROWS + 1, 4096, 4096)
     assert torch.equal(scaled_mm(**given), scaled_mm.reference(**given))
+
+
+@pytest.mark.parametrize("shape", [(768, 6144), (384, 3072), (256, 7168), (1001, 2888), (151936, 4096)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 17, 64])
+def test_bfloat16(rows: int, shape: tuple[int, int]) -> None:
+    check_linear(Arch.of(DEVICE), rows, *shape, device="cuda")
+
+
+@pytest.mark.parametrize("rows", [65, 512])
+def test_bfloat16_of_many_rows(rows: int) -> None:
+    """cuBLAS's, as the op's reference asks for it."""
+    x, w = (torch.randn(n, 7168, device=DEVICE).bfloat16() for n in (rows, 256))
+    exact = x.double() @ w.double().t()
+    for algo in ("auto", "cublas", "upcast"):
+        got = linear_bf16_fp32(x, w, algo)
+        assert got.dtype == torch.float32
+        assert ((got.double() - exact).abs() <= 7168 * 2.0**-24 * (x.double().abs() @ w.double().abs().t())).all(), algo
+    with pytest.raises(ArgumentError, match=f"triton cannot: {rows} rows"):
+        linear_bf16_fp32(x, w, "triton")

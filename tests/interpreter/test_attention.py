@@ -76,17 +76,17 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("filled", "blocks"), [(0, 0), (1, 1), (100, 1), (128, 1), (129, 2), (1000, 8)])
+@pytest.mark.parametrize(("filled", "blocks"), [(0, 0), (1, 1), (64, 1), (100, 2), (128, 2), (129, 3), (1000, 16)])
 def test_a_static_cache_costs_what_it_holds(loaded: list[int], filled: int, blocks: int) -> None:
     arguments = cache(1000, mask=(torch.arange(1000) < filled)[None, None, None])
     check_attention(ARCH, arguments)
     queries, rest = [n for n in loaded if n == 2 * 64], [n for n in loaded if n != 2 * 64]
-    assert len(queries) == 2 * 8, "of two KV heads, eight splits each"
+    assert len(queries) == 2 * 16, "of two KV heads, sixteen splits each"
     assert sum(rest) == 2 * 2 * filled * 64
     assert len(rest) == 2 * 2 * blocks
 
 
-def test_a_part_that_saw_nothing_is_not_read() -> None:
+def test_a_part_that_saw_nothing_is_zero() -> None:
     launch, _ = attention.plan(ARCH, cache(1000, mask=(torch.arange(1000) < 100)[None, None, None]))
     assert launch is not None
     assert launch.before
@@ -96,7 +96,7 @@ def test_a_part_that_saw_nothing_is_not_read() -> None:
 
 def test_causal_reads_no_further_than_its_tokens(loaded: list[int]) -> None:
     check_attention(ARCH, cache(1000, q=drawn(1, 4, 3, 64), causal=True))
-    assert sum(loaded) == 2 * 8 * 6 * 64 + 2 * 2 * 3 * 64
+    assert sum(loaded) == 2 * 16 * 6 * 64 + 2 * 2 * 3 * 64
 
 
 @pytest.mark.parametrize("splits", [1, 3])

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from fusionpass.arch import Arch
 from fusionpass.ops import scaled_mm
 from fusionpass.ops.gemm.stream import Cut
-from tests.gemm import FP8, INT8, arguments_for_product, arguments_for_products, check_product, product_of
+from tests.gemm import (
+    FP8,
+    INT8,
+    arguments_for_product,
+    arguments_for_products,
+    check_linear,
+    check_product,
+    product_of,
+)
 
 # No programmatic dependent launch in these: the interpreter has no grids to wait for.
 ARCH = Arch("sm_89")
@@ -67,3 +75,11 @@ def check_finite(arguments: dict[str, Any]) -> torch.Tensor:
     launch, reason = scaled_mm.plan(ARCH, arguments)
     assert launch is not None, reason
     return launch.run()[0].isfinite()
+
+
+@pytest.mark.parametrize("cut", [None, Cut(16, 64), Cut(16, 64, splits=3)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 17, 64])
+@pytest.mark.parametrize("k", [8, 72, 320])
+def test_sixteen_bits(rows: int, k: int, cut: Cut | None) -> None:
+    # The interpreter multiplies matrices of bfloat16 as if they were integers.
+    check_linear(ARCH, rows, 50, k, cut, dtype=torch.bfloat16 if rows == 1 else torch.float16)

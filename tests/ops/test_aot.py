@@ -12,7 +12,7 @@ from fusionpass.op import OPS
 pytest.importorskip("triton")
 
 ARCHS = ("sm_90", "sm_100", "gfx942", "gfx950")
-READ = re.compile(r"ld\.global|cp\.async\.c[ag]|cp\.async\.bulk\.prefetch")
+READ = re.compile(r"ld\.global|cp\.async\.c[ag]")
 WITH_KERNELS = [op for op in OPS.values() if op.backends]
 
 
@@ -78,6 +78,19 @@ def test_waits_and_loads_before_it_launches_its_dependents(op):
     # What reads nothing but activations has nothing to read early.
     assert (READ.search(early).start() < early.index("griddepcontrol.wait")) == bool(launched.early)
     assert "griddepcontrol" not in compiled(op, "gfx950")
+
+
+@pytest.mark.parametrize("op", WITH_KERNELS, ids=lambda op: op.name)
+def test_launched_early_its_dependents_start_between_the_wait_and_the_loads(op):
+    launched, _ = plan(op, "sm_90")
+    for launch in launched.launching_early().all:
+        text = compile_launch(launch, Arch("sm_90"))["ptx"]
+        before, behind = text.split("griddepcontrol.launch_dependents")
+        assert "griddepcontrol.wait" in before
+        assert not re.search(r"ld\.global|st\.global|cp\.async", before)
+        assert "st.global" in behind
+    away, _ = plan(op, "gfx950")
+    assert away.launching_early() == away
 
 
 @pytest.mark.parametrize("width", [64, 576, 2880, 4096, 8192, 16384])

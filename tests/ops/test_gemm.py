@@ -124,22 +124,18 @@ def test_symbolic_sizes() -> None:
     assert refused == [(None, "triton: the size of the weight is symbolic")] * 2
 
 
-def test_a_split_is_two_launches_that_read_the_weight_early(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_split_is_two_launches_that_share_their_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     from fusionpass.ops.gemm import stream
 
     whole, _ = scaled_mm.plan(H100, arguments())
     assert isinstance(whole, Launch)
     assert whole.all == (whole,)
-    for ahead in (0, 4096):
-        monkeypatch.setattr(stream, "configure", lambda *_, n=ahead: stream.Cut(16, 32, splits=2, ahead=n))
-        launch, _ = scaled_mm.plan(H100, arguments())
-        assert isinstance(launch, Launch)
-        assert launch.before[0].early == (("b",) if ahead else ())
+    monkeypatch.setattr(stream, "configure", lambda *_: stream.Cut(16, 32, splits=2))
+    launch, _ = scaled_mm.plan(H100, arguments())
     assert isinstance(launch, Launch)
     (product,) = launch.before
     assert product.args["sums"] is launch.args["sums"]
-    assert launch.early == ()
-    assert [part.args.get("EARLY") for part in launch.reading_early().all] == [True, None]
+    assert [part.args["PDL"] for part in launch.launching_early().all] == [2, 2]
 
 
 def several(**changes: Any) -> dict[str, Any]:

@@ -10,8 +10,11 @@ from fusionpass.ops import add_rms_norm_quantize, quantize, rms_norm, silu_mul, 
 
 pytest.importorskip("triton")
 
-from fusionpass.ops.activation.triton import block_of
-from fusionpass.ops.norm.triton import Config, configure
+from fusionpass.ops.activation.triton import configure as configure_activation
+from fusionpass.ops.norm.triton import configure
+from fusionpass.ops.quant.scheme import Scheme
+from fusionpass.tuning import store
+from fusionpass.tuning.store import Cut
 
 H100 = Arch("sm_90")
 
@@ -86,15 +89,15 @@ def test_a_symbolic_token_count_adds_no_guard():
 @pytest.mark.parametrize(
     ("rows", "width", "itemsize", "expected"),
     [
-        (None, 64, 2, Config(8, 4)),
-        (None, 576, 2, Config(1, 4)),
-        (64, 576, 2, Config(1, 4)),
-        (8192, 576, 2, Config(2, 4)),
-        (8192, 576, 4, Config(1, 8)),
-        (8192, 2048, 2, Config(1, 8)),
-        (None, 4096, 2, Config(1, 4)),
-        (None, 8192, 4, Config(1, 4)),
-        (None, 16384, 2, Config(1, 8)),
+        (None, 64, 2, Cut(8, 64, 4)),
+        (None, 576, 2, Cut(1, 1024, 4)),
+        (64, 576, 2, Cut(1, 1024, 4)),
+        (8192, 576, 2, Cut(2, 1024, 4)),
+        (8192, 576, 4, Cut(1, 1024, 8)),
+        (8192, 2048, 2, Cut(1, 2048, 8)),
+        (None, 4096, 2, Cut(1, 4096, 4)),
+        (None, 8192, 4, Cut(1, 8192, 4)),
+        (None, 16384, 2, Cut(1, 16384, 8)),
     ],
 )
 def test_how_the_norm_is_cut(rows, width, itemsize, expected):
@@ -103,9 +106,19 @@ def test_how_the_norm_is_cut(rows, width, itemsize, expected):
     assert (other.rows, other.warps * 2) == (expected.rows, expected.warps)
 
 
-def test_measured_cells_overrule_the_rule():
-    assert configure(H100, 1024, 576) == Config(1, 1)
-    assert configure(Arch("sm_100"), 1024, 576) == Config(1, 4)
+def test_measured_cells_overrule_the_rule(monkeypatch):
+    cell = {"op": "add_rms_norm_quantize", "scheme": "fp8_static", "tokens": 4, "width": 64, "us": 1.0}
+    record = {"tokens": [4], "widths": [64], "cells": [{**cell, "rows": 2, "columns": 64, "warps": 1}]}
+    monkeypatch.setattr(store, "_table", lambda arch: store.indexed(record))
+
+    def cut(op, **changes):
+        launch, _ = op.plan(H100, sample(op, **changes))
+        return launch.args["ROWS"], launch.args["BLOCK"], launch.num_warps
+
+    assert cut(add_rms_norm_quantize) == (2, 64, 1)
+    assert cut(rms_norm) == (8, 64, 4)
+    assert cut(add_rms_norm_quantize, dtype=torch.float32) == (4, 64, 4)
+    assert cut(add_rms_norm_quantize, scheme="fp8_token", scale=None) == (8, 64, 4)
 
 
 def test_weight_and_scale_are_read_early_only_where_that_is_said_to_be_safe():
@@ -116,11 +129,23 @@ def test_weight_and_scale_are_read_early_only_where_that_is_said_to_be_safe():
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "block"),
-    [(1, 1536, 512), (1, 64, 64), (64, 1536, 512), (64, 12288, 1024), (1024, 1536, 2048), (None, 12288, 2048)],
+    ("scheme", "rows", "width", "cut"),
+    [
+        (None, 1, 1536, Cut(1, 512, 2)),
+        ("fp8_static", 1, 64, Cut(1, 64, 1)),
+        ("fp8_static", 64, 1536, Cut(1, 512, 2)),
+        ("mxfp8", 64, 12288, Cut(1, 1024, 4)),
+        ("fp8_group128", 1, 64, Cut(1, 128, 1)),
+        (None, 1024, 1536, Cut(1, 2048, 8)),
+        (None, None, 12288, Cut(1, 2048, 8)),
+        ("nvfp4", 1, 2880, Cut(1, 1024, 4)),
+        ("nvfp4", None, 2880, Cut(1, 1024, 4)),
+        ("fp8_token", None, 12288, Cut(1, 16384, 16)),
+        ("int8_token", 1, 28672, Cut(1, 32768, 16)),
+    ],
 )
-def test_how_an_activation_is_cut(rows, width, block):
-    assert block_of(rows, width) == block
+def test_how_an_activation_is_cut(scheme, rows, width, cut):
+    assert configure_activation(H100, scheme and Scheme.parse(scheme), rows, width) == cut
 
 
 def test_what_a_gated_activation_refuses():

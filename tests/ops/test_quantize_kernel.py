@@ -14,7 +14,8 @@ from fusionpass.ops.quant import Scheme, sample_scale
 pytest.importorskip("triton")
 
 from fusionpass.aot import compile_launch
-from fusionpass.ops.quant.triton import Tile, cut, refuse_scheme, scheme_constants
+from fusionpass.ops.quant.triton import configure, refuse_scheme, scheme_constants
+from fusionpass.tuning.store import Cut
 
 H100 = Arch("sm_90")
 ARCHS = ("sm_90", "sm_100", "gfx942", "gfx950")
@@ -139,20 +140,20 @@ def test_the_buffers_are_the_references_outputs(text, lead):
 
 
 @pytest.mark.parametrize(
-    ("text", "rows", "width", "tile"),
+    ("text", "rows", "width", "cut"),
     [
-        ("fp8_static", 4, 2048, Tile(1, 2048, 8)),
-        ("fp8_token", 64, 4096, Tile(1, 4096, 4)),
-        ("fp8_token", 64, 128, Tile(4, 128, 4)),
-        ("fp8_group128", 1, 4096, Tile(1, 512, 2)),
-        ("fp8_group128", None, 4096, Tile(1, 2048, 8)),
-        ("mxfp8", None, 2880, Tile(2, 1024, 8)),
-        ("mxfp8,layout=swizzled", None, 32, Tile(16, 128, 8)),
-        ("nvfp4", None, 16, Tile(128, 16, 8)),
+        ("fp8_static", 4, 2048, Cut(1, 2048, 8)),
+        ("fp8_token", 64, 4096, Cut(1, 4096, 4)),
+        ("fp8_token", 64, 128, Cut(4, 128, 4)),
+        ("fp8_group128", 1, 4096, Cut(1, 512, 2)),
+        ("fp8_group128", None, 4096, Cut(1, 2048, 8)),
+        ("mxfp8", None, 2880, Cut(2, 1024, 8)),
+        ("mxfp8,layout=swizzled", None, 32, Cut(16, 128, 8)),
+        ("nvfp4", None, 16, Cut(128, 16, 8)),
     ],
 )
-def test_how_it_is_cut(text, rows, width, tile):
-    assert cut(H100, Scheme.parse(text), rows, width, 2) == tile
+def test_how_it_is_cut(text, rows, width, cut):
+    assert configure(H100, Scheme.parse(text), rows, width, 2) == cut
 
 
 def test_constants_can_be_printed_into_a_wrapper():

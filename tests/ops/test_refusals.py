@@ -143,8 +143,9 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cell_that_was_measured_faster_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = {"tokens": 4, "width": WIDTH, "rows": 1, "warps": 4, "us": 3.0, "inductor_us": 2.5}
-    monkeypatch.setattr(store, "_cells", lambda family, arch: (cell,))
+    cell = {"op": "rms_norm", "scheme": None, "tokens": 4, "width": WIDTH, "us": 3.0, "inductor_us": 2.5}
+    record = {"tokens": [4], "widths": [WIDTH], "cells": [cell]}
+    monkeypatch.setattr(store, "_table", lambda arch: store.indexed(record))
     reason = "triton: inductor: measured faster (2.50 against 3.00 µs at 4 × 64 on h100)"
     assert planned(rms_norm) == (None, reason)
     assert planned(rms_norm, x=zeros(9, WIDTH))[0] is not None

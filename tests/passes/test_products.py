@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -27,7 +28,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def after(model: Callable[..., Any], *args: torch.Tensor, **options: Any) -> tuple[Graph, list[dict[str, Any]]]:
-    graph = make_fx(model, tracing_mode="fake")(*args).graph
+    graph = make_fx(model, select_decomp_table(), tracing_mode="fake")(*args).graph
     products(graph, **options)
     graph.lint()
     found = [(OPS[node.target], node) for node in graph.nodes if node.target in OPS]
@@ -98,3 +99,32 @@ def test_what_means_something_else_stays(scale: Any, result: Any, dtype: torch.d
     graph.output(made)
     products(graph)
     assert not [node for node in graph.nodes if node.target in OPS]
+
+
+def router(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(x.float(), w.float())
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (2, 3, 64)])
+def test_a_router(shape: tuple[int, ...]) -> None:
+    x, w = torch.randn(shape).bfloat16(), torch.randn(48, 64).bfloat16()
+    graph, (found,) = after(router, x, w)
+    values = [found[name].meta["val"] for name in ("x", "w")]
+    assert [tuple(v.shape) for v in values] == [(torch.Size(shape[:-1]).numel(), 64), (48, 64)]
+    assert all(v.dtype == HALF and v.is_contiguous() for v in values)
+    assert not [n for n in graph.nodes if n.target is torch.ops.prims.convert_element_type.default]
+    torch.testing.assert_close(torch.fx.GraphModule({}, graph)(x, w), router(x, w))
+    transposed, (turned,) = after(lambda x, w: x.float() @ w.float(), x.flatten(0, -2), w.t().contiguous())
+    assert turned["w"].meta["val"].stride() == (1, 48)
+    assert transposed.find_nodes(op="call_function", target=torch.ops.aten.mm.default) == []
+
+
+def test_products_that_are_no_routers_stay() -> None:
+    x, w = torch.randn(8, 64), torch.randn(48, 64)
+    assert after(router, x, w)[1] == []
+    assert after(router, x.bfloat16(), w)[1] == []
+    assert after(router, x, w.bfloat16())[1] == []
+    assert after(router, x.half(), w.half())[1] == []
+    assert after(lambda x, w: x @ w.t(), x.bfloat16(), w.bfloat16())[1] == []
+    assert after(lambda x, w: x.double() @ w.double().t(), x.bfloat16(), w.bfloat16())[1] == []
+    assert after(router, x.bfloat16(), w.bfloat16(), disable=frozenset({"linear_bf16_fp32"}))[1] == []

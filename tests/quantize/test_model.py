@@ -107,6 +107,28 @@ def test_linears_that_read_one_tensor_share_one_scale():
     assert "8 input scales between them" in str(report)
 
 
+@pytest.mark.parametrize("percentile", [100.0, 99.9, 99.0, 50.0, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_percentile_of_the_magnitudes(percentile, dtype):
+    model = nn.Sequential(nn.Linear(48, 16, dtype=dtype))
+    batches = [torch.randn(7, 3, 48).to(dtype), torch.randn(5, 48).to(dtype) * 2, torch.zeros(0, 48, dtype=dtype)]
+    quantize_(model, "fp8_static", batches, percentile=percentile)
+    largest = []
+    for x in batches[:2]:
+        ordered = sorted(x.abs().flatten().tolist())
+        below = [v for i, v in enumerate(ordered) if (i + 1) * 100 >= percentile * len(ordered) - 1e-6]
+        largest.append(below[0])
+    assert model[0].input_scale.item() == (torch.tensor(max(largest)) / 448).item()
+
+
+def test_a_percentile_hides_no_nan_and_no_infinity():
+    for value in (float("nan"), float("inf")):
+        x = torch.randn(64, 16)
+        x[3, 5] = value
+        with pytest.raises(ScaleError, match=f"value is {value}"):
+            quantize_(nn.Sequential(nn.Linear(16, 16)), "fp8_static", [x], percentile=50.0)
+
+
 class Sometimes(nn.Module):
     """b reads a's input only while `together`; c reads it after an in-place change."""
 
@@ -255,6 +277,10 @@ def broken_forward(model: Model) -> None:
         (nan_weight, {"scheme": "int8_token", "calibration": None}, ScaleError, "layers.1.o.weight: .* is nan"),
         (zero_input, {"scheme": "nvfp4"}, ScaleError, r"layers.0.q \(its input\): its largest absolute value is 0"),
         (None, {"calibration": None}, CalibrationError, "need calibration data"),
+        (None, {"percentile": 0.0}, CalibrationError, "the percentile is 0.0"),
+        (None, {"percentile": 100.1}, CalibrationError, "up to 100"),
+        (None, {"percentile": float("nan")}, CalibrationError, "the percentile is nan"),
+        (None, {"scheme": "fp8_token", "calibration": None, "percentile": 99.0}, CalibrationError, "Leave percentile"),
         (None, {"calibration": []}, CalibrationError, "empty"),
         (None, {"calibration": IDS}, CalibrationError, "single Tensor"),
         (None, {"calibration": {"ids": IDS}}, CalibrationError, "single dict"),

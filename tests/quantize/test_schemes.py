@@ -125,6 +125,50 @@ def test_matches_fp64_on_a_gpu(name, dtype, tokens):
     assert ((y.double() - expected).abs() <= bound + expected.abs().max() * 2**-10).all()
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "text",
+    ["fp8_static/fp8_token", "fp8_token/fp8_static", "fp8_static/fp8_block128", "fp8_group128/fp8_token",
+     "mxfp8/fp8_static", "fp8_tensor", "fp8_tensor/fp8_token", "nvfp4_tensor"],
+)  # fmt: skip
+def test_two_schemes_match_fp64(text, dtype):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(256, 144, dtype=dtype), (torch.randn(2, 5, 256) * 3).to(dtype)
+    x[0, 0] = 0
+    layer = QuantizedLinear.from_linear(linear, 9 / 448 if text.startswith("fp8_static") else None, scheme=text)
+    input_name, _, weight_name = text.replace("_tensor", "").partition("/")
+    names = {"fp8": "fp8_static", "": {"fp8": "fp8_static"}.get(input_name, input_name)}
+    input_name, weight_name = names.get(input_name, input_name), names.get(weight_name, weight_name)
+    steps = {"fp8_static": 448, "nvfp4": 2688}
+    whole = [
+        t.detach().float().abs().max() / steps.get(n, 1) for t, n in ((x, input_name), (linear.weight, weight_name))
+    ]
+    given = 9 / 448 if layer.input_scale is not None else whole[0].item()
+    a, w = meaning(x.view(-1, 256), input_name, given), meaning(linear.weight, weight_name, whole[1].item())
+    expected, size = a @ w.T + linear.bias.detach().double(), a.abs() @ w.abs().T + linear.bias.detach().double().abs()
+    half, tiny = HALF_STEP[dtype], 256 * 2**-24 * (a.abs().max() + w.abs().max())
+    assert layer.scheme == text
+    y = layer(x).view(-1, 144)
+    assert ((y.double() - expected).abs() <= expected.abs() * half * 2 + size * (half * 2.1 + 2**-15) + tiny).all()
+    if not {layer.kind.input.granularity, layer.kind.weight.granularity} - {"tensor", "token"}:
+        assert ((y.double() - expected).abs() <= expected.abs() * half * 2 + size * 260 * 2**-24 + 2**-24).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fp8_block128", "there is no scheme 'fp8_block128'"),
+        ("fp8_token/int8_token", "multiplies torch.float8_e4m3fn by torch.int8"),
+        ("int8_token/fp8_token", "multiplies torch.int8 by torch.float8_e4m3fn"),
+        ("fp8_tensor,amax_dtype=half", "is not an override"),
+        ("fp8_token/fp9", "'fp9' is not a quantisation scheme"),
+    ],
+)
+def test_two_schemes_that_do_not_go_together(text, message):
+    with pytest.raises(SchemeError, match=message):
+        QuantizedLinear.from_linear(nn.Linear(32, 16), scheme=text)
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_weight_means_what_the_oracle_says(name):
     linear, layer = make(name, 256, 144)

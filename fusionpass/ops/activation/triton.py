@@ -7,11 +7,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ...arch import Arch
 from ...launch import Empty, Launch
+from ...tuning import store
+from ...tuning.store import Cut
 from ..derive import MORE
+from ..pdl import pdl_launch, pdl_wait
 from ..quant.epilogue import (
     code_outputs,
     covered_rows,
@@ -27,22 +29,23 @@ from ..rows import FLOATS, alike, known, row_count, row_stride, static
 
 @triton.jit
 def sigmoid(x):
-    """Of float32 `x`, with one correctly rounded division."""
-    return tl.div_rn(1.0, 1.0 + tl.exp(-x))
+    """Of float32 `x`."""
+    return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
 def activated(x, ACT: tl.constexpr):
     """SiLU, GELU by the error function or by tanh, or squared ReLU, of float32 `x`."""
     if ACT == "silu":
-        y = tl.div_rn(x, 1.0 + tl.exp(-x))
+        # Not correctly rounded: that division has a slow path, which zeros take, and those are all that a mask leaves.
+        y = x / (1.0 + tl.exp(-x))
     elif ACT == "gelu":
         y = (x * 0.5) * (tl.erf(x * 0.7071067811865476) + 1.0)
     elif ACT == "gelu_tanh":
         inner = (x + x * x * x * 0.044715) * 0.7978845608028654
         # tanh by the exponential of a negative number, which cannot overflow.
         power = tl.exp(-2.0 * tl.abs(inner))
-        tanh = tl.div_rn(1.0 - power, 1.0 + power)
+        tanh = (1.0 - power) / (1.0 + power)
         y = (x * 0.5) * (tl.where(inner < 0, -tanh, tanh) + 1.0)
     else:
         # Not a maximum, which would lose a NaN.
@@ -114,16 +117,13 @@ def activation_kernel(
     step = None
     if scale is not None and EARLY:
         step = tl.load(scale).to(tl.float32)
-    if PDL:
-        gdc_wait()
+    pdl_wait(PDL)
     if scale is not None and not EARLY:
         step = tl.load(scale).to(tl.float32)
     x = tl.load(gate + row * gate_row + columns * step_of_columns, inside, other=0.0)
     if up is not None:
         u = tl.load(up + row * up_row + columns * step_of_columns, inside, other=0.0).to(tl.float32)
-    if PDL:
-        # Here as in the norm's kernel, and for its reasons.
-        gdc_launch_dependents()
+    pdl_launch(PDL)
     if ACT == "clamped":
         y = clamped_gate(x.to(tl.float32), alpha, limit, gate)
         u = tl.clamp(u, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
@@ -197,14 +197,22 @@ def plan_relu_squared(arch: Arch, x: torch.Tensor, **arguments: Any) -> Launch |
     return _plan(arch, "relu_squared", x, **arguments)
 
 
-def block_of(rows: int | None, width: int) -> int:
-    """Elements a program takes; `rows` is None where the count is symbolic, and then as for many.
+def configure(arch: Arch, kind: Scheme | None, rows: int | None, width: int) -> Cut:
+    """The rule for `rows` rows (None: any number) of `width` columns: a whole row where it has one scale, else a part.
 
-    Measured on an H100: few elements are spread over more programs, many want wider ones (docs/kernels.md).
+    Measured on an H100: few elements are spread over more programs, many want wider ones, but no wider than 1024 where
+    groups are scaled: their arithmetic is what a row that does not fill its last block wastes (docs/kernels.md).
     """
-    elements = rows * width if rows is not None else 2**31
-    most = 512 if elements <= 2**17 else 1024 if elements <= 2**20 else 2048
-    return min(most, int(triton.next_power_of_2(width)))
+    block = int(triton.next_power_of_2(width))
+    if kind is not None and kind.granularity == "token":
+        threads = min(512, max(32, block // 16))
+    else:
+        elements = rows * width if rows is not None else 2**31
+        most = 512 if elements <= 2**17 else 1024 if elements <= 2**20 else 2048
+        most = 1024 if kind is not None and kind.group else most
+        block = max(min(most, block), fewest_columns(kind))
+        threads = min(256, block // 8)
+    return Cut(1, block, max(1, threads // arch.warp_size))
 
 
 def _column_stride(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[Any, Any, Any] | str:
@@ -253,10 +261,13 @@ def _plan(
     if isinstance(strides, str):
         return strides
     codes = None if scheme is None else Scheme.parse(scheme)
-    whole = codes is not None and codes.granularity == "token"
     rows, shape = row_count(gate), tuple(gate.shape)
-    block = int(triton.next_power_of_2(width)) if whole else block_of(static(rows), width)
-    block = max(block, fewest_columns(codes))
+    name = {"gelu_tanh": "gelu", "clamped": "clamped_swiglu"}.get(act, act) + "_mul" * (
+        up is not None and act != "clamped"
+    )
+    name += "_quantize" * (codes is not None)
+    size = (arch, static(rows), width)
+    cut = store.choose(configure(arch, codes, *size[1:]), name, scheme, *size, gate.element_size())
     made = code_outputs(codes, shape)
     outputs = {
         "q": made["q"],
@@ -264,10 +275,9 @@ def _plan(
         **{f"q_{i}": made["q"] if f"scale_{i}" in extra else None for i in range(2, 6)},
         "product": Empty(shape, gate.dtype) if codes is None or product_out or activation_out else None,
     }
-    threads = min(512, max(32, block // 16)) if whole else min(256, block // 8)
     return Launch(
         activation_kernel,
-        (covered_rows(codes, rows) * triton.cdiv(width, block),),
+        (covered_rows(codes, rows) * triton.cdiv(width, cut.columns),),
         {
             "gate": gate,
             "up": up,
@@ -281,7 +291,7 @@ def _plan(
             "alpha": alpha,
             "limit": limit,
             "WIDTH": width,
-            "BLOCK": block,
+            "BLOCK": cut.columns,
             "VECTOR": 16 // gate.element_size(),
             "ACT": act,
             **scheme_constants(codes, gate.dtype),
@@ -289,7 +299,7 @@ def _plan(
             "EARLY": False,
         },
         returns=tuple(name for name, output in outputs.items() if output is not None),
-        num_warps=max(1, threads // arch.warp_size),
+        num_warps=cut.warps,
         pdl=arch.has_pdl,
         early=("scale",) if scale is not None else (),
     )

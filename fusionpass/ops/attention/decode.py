@@ -58,8 +58,8 @@ def attention(
             be seen; or `q.dtype` or float32 and added, -inf where it may not. None: all may be seen.
         causal: token t sees the positions up to t, the first being 0. Not with a mask.
         scale: None: 1 / sqrt(head_dim).
-        enable_gqa: where no kernel fits, PyTorch is asked to share the heads itself; else they are repeated, as models
-            do that pass a mask, with which most of PyTorch's kernels share none.
+        enable_gqa: where no kernel fits, PyTorch is asked to share the heads itself; else they are repeated where there
+            is a mask, with which most of PyTorch's kernels share none.
 
     Returns:
         [batch, heads, tokens, v_head_dim], `q.dtype`; in memory [batch, tokens, heads, v_head_dim].
@@ -71,6 +71,7 @@ def attention(
     """
     _check(q, k, v, mask, causal)
     groups = q.shape[1] // k.shape[1]
+    enable_gqa |= mask is None
     if groups > 1 and not enable_gqa:
         k, v = (_repeated(t, groups) for t in (k, v))
     attended = torch.nn.functional.scaled_dot_product_attention(

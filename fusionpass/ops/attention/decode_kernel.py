@@ -4,7 +4,8 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..pdl import pdl_launch, pdl_wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -108,7 +109,7 @@ def decode_kernel(
     Split s takes blocks s, s + SPLITS, …: wherever the visible positions are, they are shared evenly. Rows are tokens ×
     GROUP query heads. MASK_ROWS is 1 where all rows have one mask; it is looked through first if it has SCANS times
     SCAN positions at most. ADDED: it is added. With one split the result goes to `out`, else the parts to `sums`,
-    `peaks` and `totals`; a part that has seen nothing leaves `sums` unwritten.
+    `peaks` and `totals`.
     """
     pid = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -123,8 +124,7 @@ def decode_kernel(
     mask_inside = mask_row < TOKENS * GROUP
     k_rows = k + batch * k_batch + head * k_head
     v_rows = v + batch * v_batch + head * v_head
-    if PDL:
-        gdc_wait()
+    pdl_wait(PDL)
     q_rows = q + batch * q_batch + q_heads * q_head + token * q_token
     queries = tl.load(q_rows[:, None] + columns[None, :], inside[:, None] & (columns < DIM)[None, :], other=0.0)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
@@ -186,8 +186,7 @@ def decode_kernel(
                     queries, k_rows, v_rows, k_position, v_position, position, seen, bias, scale, peak, total, summed,
                     DIM, DIM_BLOCK, V_DIM, V_BLOCK,
                 )  # fmt: skip
-    if PDL:
-        gdc_launch_dependents()
+    pdl_launch(PDL)
     v_columns = tl.arange(0, V_BLOCK)
     # As the outputs lie: batch, tokens, heads.
     made = (batch * TOKENS + token) * (kv_heads * GROUP) + q_heads
@@ -203,11 +202,10 @@ def decode_kernel(
         part = made * SPLITS + split
         tl.store(peaks + part, peak, inside)
         tl.store(totals + part, total, inside)
-        written = inside & (total != 0.0)
         tl.store(
             sums + part[:, None] * V_DIM + v_columns[None, :],
             summed,
-            written[:, None] & (v_columns < V_DIM)[None, :],
+            inside[:, None] & (v_columns < V_DIM)[None, :],
         )
 
 
@@ -229,19 +227,16 @@ def combine_kernel(
     split = tl.arange(0, SPLITS_BLOCK)
     columns = tl.arange(0, V_BLOCK)
     part = row * SPLITS + split
-    if PDL:
-        gdc_wait()
+    pdl_wait(PDL)
     total = tl.load(totals + part, split < SPLITS, other=0.0)
     peak = tl.load(peaks + part, split < SPLITS, other=float("-inf"))
-    # Where nothing was seen nothing was written; a NaN was seen.
-    written = total != 0.0
+    # Those of parts that have seen nothing, too: to wait for their totals would cost more than to read their zeros.
     summed = tl.load(
         sums + part[:, None] * V_DIM + columns[None, :],
-        written[:, None] & (columns < V_DIM)[None, :],
+        (split < SPLITS)[:, None] & (columns < V_DIM)[None, :],
         other=0.0,
     )
-    if PDL:
-        gdc_launch_dependents()
+    pdl_launch(PDL)
     weight = _power(peak, tl.max(peak, 0))
     whole = tl.sum(weight * total, 0)
     result = tl.sum(summed * weight[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)

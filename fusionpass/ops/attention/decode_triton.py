@@ -40,12 +40,12 @@ class Cut:
 def configure(arch: Arch, kv_heads: int | None, positions: int | None, width: int) -> Cut:
     """The cut for `kv_heads` KV heads in the whole batch and `positions` (None: any number) of `width` columns.
 
-    A block's keys and values are loaded at once, 16 KiB of each: two such programs keep a multiprocessor's share of the
-    memory busy. So there are as many splits as make two programs for each, and of those that leave the longest split as
-    long the fewest, since each is another part to combine.
+    A block's keys and values are loaded at once, 8 KiB of each: four such programs keep a multiprocessor's share of the
+    memory busy. So there are as many splits as make four programs for each, and of those that leave the longest split
+    as long the fewest, since each is another part to combine.
     """
-    block = max(32, min(128, 8192 // triton.next_power_of_2(width)))
-    most = ANY_BATCH if kv_heads is None else max(1, 2 * arch.multiprocessors // max(1, kv_heads))
+    block = max(16, min(128, 4096 // triton.next_power_of_2(width)))
+    most = ANY_BATCH if kv_heads is None else max(1, 4 * arch.multiprocessors // max(1, kv_heads))
     if positions is None:
         return Cut(block, min(most, ANY_POSITIONS), 4)
     blocks = max(1, math.ceil(positions / block))

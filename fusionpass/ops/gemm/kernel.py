@@ -4,42 +4,21 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..pdl import pdl_launch, pdl_wait
 
 
 @triton.jit
 def _finish(y, a_scale, b_scale, bias, row, column, rows, columns, A_SCALES: tl.constexpr, B_SCALES: tl.constexpr):
     """The sums `y` of codes, scaled, as float32. `row` and `column` broadcast to its shape."""
     y = y.to(tl.float32)
-    y *= tl.load(a_scale + row, row < rows, other=0.0) if A_SCALES else tl.load(a_scale)
-    y *= tl.load(b_scale + column, column < columns, other=0.0) if B_SCALES else tl.load(b_scale)
+    if a_scale is not None:
+        y *= tl.load(a_scale + row, row < rows, other=0.0) if A_SCALES else tl.load(a_scale)
+    if b_scale is not None:
+        y *= tl.load(b_scale + column, column < columns, other=0.0) if B_SCALES else tl.load(b_scale)
     if bias is not None:
         y += tl.load(bias + column, column < columns, other=0.0).to(tl.float32)
     return y
-
-
-@triton.jit
-def _prefetch(address, step, count, bytes):
-    """Fetch `bytes` at `address`, and at each of `count` steps from there, into the L2 cache; multiples of 16.
-
-    One thread a step: a tensor of addresses would be spread over all threads, each address many times.
-    """
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred wanted; .reg .u32 thread; .reg .u64 place;
-        mov.u32 thread, %tid.x;
-        setp.lt.u32 wanted, thread, $3;
-        cvt.u64.u32 place, thread;
-        mad.lo.u64 place, place, $2, $1;
-        @wanted cp.async.bulk.prefetch.L2.global [place], $4;
-        mov.b32 $0, 0;
-        }""",
-        "=r,l,l,r,r",
-        [address, step, count, bytes],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -73,12 +52,10 @@ def stream_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     SPLITS: tl.constexpr,
-    AHEAD: tl.constexpr,
     SUMMED: tl.constexpr,
     A_SCALES: tl.constexpr,
     B_SCALES: tl.constexpr,
     PDL: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """COLUMNS columns of one `b` against all rows of `a` a program, over a share of the `depths` where they are split.
 
@@ -86,7 +63,6 @@ def stream_kernel(
     EVEN: they are a multiple of DEPTH. ROWS is 1 (products one by one) or a size that `tl.dot` takes. With SPLITS > 1
     the sums go to `sums`, [SPLITS, rows, columns of all], for `split_kernel`, else to `out`, [rows, columns].
     SUMMED: how many FP8 products Hopper's matrix units may sum in the bits that they have, before float32 is added to.
-    EARLY fetches AHEAD bytes of each column before the wait: the preceding kernel must not have written them.
     """
     block = tl.program_id(0)
     whole = columns
@@ -123,13 +99,7 @@ def stream_kernel(
     b_columns = b + column.to(tl.int64) * b_column
     exact: tl.constexpr = b.dtype.element_ty == tl.int8
     number: tl.constexpr = tl.int32 if exact else tl.float32
-    if EARLY and AHEAD > 0:
-        start_column = block * COLUMNS
-        some = b + start_column.to(tl.int64) * b_column + first
-        step = tl.zeros([], tl.int64) + b_column
-        _prefetch(some, step, tl.minimum(columns - start_column, COLUMNS), tl.minimum(last - first, AHEAD))
-    if PDL:
-        gdc_wait()
+    pdl_wait(PDL)
     inside = column < columns
     if ROWS == 1:
         products = tl.zeros([COLUMNS, DEPTH], number)
@@ -160,12 +130,10 @@ def stream_kernel(
         stored = inside[:, None] & (row < rows)
     if SPLITS == 1:
         y = _finish(y, a_scale, b_scale, bias, row, column_of, rows, columns, A_SCALES, B_SCALES)
-        if PDL:
-            gdc_launch_dependents()
+        pdl_launch(PDL)
         tl.store(out + row * columns + column_of, y.to(out.dtype.element_ty), stored)
     else:
-        if PDL:
-            gdc_launch_dependents()
+        pdl_launch(PDL)
         tl.store(sums + (tl.program_id(1) * rows + row) * whole + before + column_of, y, stored)
 
 
@@ -218,12 +186,10 @@ def split_kernel(
                 bias = bias_2
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
-    if PDL:
-        gdc_wait()
+    pdl_wait(PDL)
     y = tl.zeros([COLUMNS], sums.dtype.element_ty)
     for split in tl.static_range(SPLITS):
         y += tl.load(sums + (split * rows + row) * whole + before + column, inside, other=0.0)
     y = _finish(y, a_scale, b_scale, bias, row, column, rows, columns, A_SCALES, B_SCALES)
-    if PDL:
-        gdc_launch_dependents()
+    pdl_launch(PDL)
     tl.store(out + row * columns + column, y.to(out.dtype.element_ty), inside)

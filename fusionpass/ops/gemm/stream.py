@@ -11,10 +11,11 @@ from ...launch import Empty, Late, Launch
 from ..rows import known, static
 from . import OUTPUTS, is_single
 from .kernel import split_kernel, stream_kernel
+from .linear import ROWS
 
-ROWS, SINGLE = 64, 32
-"""Rows at most, and where each matrix has one scale: with those cuBLAS was as fast at 64 rows on an H100; for scales of
-rows it takes large tiles whatever their number."""
+SINGLE = 32
+"""Rows at most where each matrix has one scale: with those cuBLAS was as fast at 64 rows on an H100; for scales of rows
+it takes large tiles whatever their number, and `ROWS` are the most."""
 
 
 SUMMED = 128
@@ -31,8 +32,6 @@ class Cut:
         splits: programs that share their columns.
         warps: per program.
         stages: steps in flight.
-        ahead: bytes of each column that are fetched while the kernel before still runs; 0 behind another product, which
-            needs the memory itself.
     """
 
     columns: int
@@ -40,7 +39,6 @@ class Cut:
     splits: int = 1
     warps: int = 4
     stages: int = 4
-    ahead: int = 0
 
 
 def configure(arch: Arch, rows: int, columns: int, k: int) -> Cut:
@@ -67,12 +65,13 @@ def _refuse(
     arch: Arch,
     a: torch.Tensor,
     b: torch.Tensor,
-    a_scale: torch.Tensor,
-    b_scale: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    b_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> str | None:
     """Why the kernels cannot multiply these."""
-    for name, t in {"b": b, "a_scale": a_scale, "b_scale": b_scale, "bias": bias}.items():
+    scales = {name: t for name, t in {"a_scale": a_scale, "b_scale": b_scale}.items() if t is not None}
+    for name, t in {"b": b, **scales, "bias": bias}.items():
         if t is not None and t.device != a.device:
             return f"{name} is on {t.device}, a on {a.device}"
     if a.dtype == torch.float8_e4m3fn and not arch.has_fp8_e4m3fn:
@@ -82,13 +81,14 @@ def _refuse(
     k: Any = b.shape[0]
     if not isinstance(k, int) or not isinstance(b.shape[1], int):
         return "the size of the weight is symbolic"
-    if k == 0 or k % 16:
-        return f"K is {k}, not a multiple of 16"
-    if not known(a.stride(1) == 1) or not known(a.stride(0) % 16 == 0):
+    unit = 16 // a.element_size()
+    if k == 0 or k % unit:
+        return f"K is {k}, not a multiple of {unit}"
+    if not known(a.stride(1) == 1) or not known(a.stride(0) % unit == 0):
         return f"a has strides {tuple(a.stride())}, not rows of 16 bytes each"
-    if not known(b.stride(0) == 1) or not known(b.stride(1) % 16 == 0):
+    if not known(b.stride(0) == 1) or not known(b.stride(1) % unit == 0):
         return f"b has strides {tuple(b.stride())}, not columns of 16 bytes each"
-    for name, t in {"a_scale": a_scale, "b_scale": b_scale}.items():
+    for name, t in scales.items():
         if not is_single(t) and not t.is_contiguous():
             return f"{name} has strides {tuple(t.stride())}"
     if bias is not None and not known(bias.stride(0) == 1):
@@ -96,8 +96,8 @@ def _refuse(
     return None
 
 
-Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""A matrix of codes, its scale and the bias behind its product."""
+Weight = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+"""A matrix, its scale where it is one of codes, and the bias behind its product."""
 
 
 def plan_scaled_mm(
@@ -112,6 +112,11 @@ def plan_scaled_mm(
 ) -> Launch | Late | str:
     """The launches that run `scaled_mm` where `a` has few rows, or why there are none."""
     return _plan(arch, a, a_scale, [(b, b_scale, bias)], out_dtype, fast_accum)
+
+
+def plan_linear(arch: Arch, x: torch.Tensor, w: torch.Tensor) -> Launch | Late | str:
+    """The launches that run `linear_bf16_fp32`, likewise."""
+    return _plan(arch, x, None, [(w.t(), None, None)], "float32", False)
 
 
 def plan_scaled_mms(
@@ -136,21 +141,23 @@ def plan_scaled_mms(
         weights.append((b_3, b_scale_3, bias_3))
     if any(b.shape[1] == 1 for b, _, _ in weights):
         return "a weight has one column"
-    kinds = {(is_single(scale), None if bias is None else bias.dtype) for _, scale, bias in weights}
+    kinds = {
+        (scale is not None and is_single(scale), None if bias is None else bias.dtype) for _, scale, bias in weights
+    }
     if len(kinds) > 1:
         return "the weights' scales or biases are of different kinds"
     return _plan(arch, a, a_scale, weights, out_dtype, fast_accum)
 
 
 def _plan(
-    arch: Arch, a: torch.Tensor, a_scale: torch.Tensor, weights: list[Weight], out_dtype: str, fast_accum: bool
+    arch: Arch, a: torch.Tensor, a_scale: torch.Tensor | None, weights: list[Weight], out_dtype: str, fast_accum: bool
 ) -> Launch | Late | str:
     for b, b_scale, bias in weights:
         if reason := _refuse(arch, a, b, a_scale, b_scale, bias):
             return reason
     rows, k = static(a.shape[0]), weights[0][0].shape[0]
-    b_scales = not is_single(weights[0][1])
-    single = is_single(a_scale) and not b_scales and a.dtype != torch.int8
+    a_scales, b_scales = (scale is not None and not is_single(scale) for scale in (a_scale, weights[0][1]))
+    single = a_scale is not None and not a_scales and not b_scales and a.dtype != torch.int8
     most = SINGLE if single else ROWS
     if rows is None:
         return Late(f"up to {most} rows have a kernel, more go to cuBLAS")
@@ -158,6 +165,7 @@ def _plan(
         return f"{rows} rows are bound by their products (at most {most})"
     columns = [b.shape[1] for b, _, _ in weights]
     cut = configure(arch, rows, sum(columns), k)
+    depth = cut.depth // a.element_size()  # as many bytes
     split = cut.splits > 1
     matrices: dict[str, Any] = {}
     sizes: dict[str, Any] = {}
@@ -178,7 +186,7 @@ def _plan(
         "sums": Empty((cut.splits, rows, sum(columns)), number) if split else None,
         "rows": rows,
         "SPLITS": cut.splits,
-        "A_SCALES": not is_single(a_scale),
+        "A_SCALES": a_scales,
         "B_SCALES": b_scales,
         "PDL": arch.has_pdl,
     }
@@ -193,19 +201,16 @@ def _plan(
             "a": a,
             "a_row": a.stride(0),
             "depths": k,
-            "EVEN": k % cut.depth == 0,
+            "EVEN": k % depth == 0,
             "ROWS": 1 if rows == 1 else max(16, triton.next_power_of_2(rows)),
             "COLUMNS": cut.columns,
-            "DEPTH": cut.depth,
-            "AHEAD": cut.ahead,
-            "SUMMED": cut.depth if fast_accum else min(SUMMED, cut.depth),
-            "EARLY": False,
+            "DEPTH": depth,
+            "SUMMED": 0 if a.element_size() > 1 else depth if fast_accum else min(SUMMED, depth),
         },
         returns=() if split else returns,
         num_warps=cut.warps,
         num_stages=cut.stages,
         pdl=arch.has_pdl,
-        early=tuple(matrices)[: len(weights)] if arch.has_pdl and cut.ahead else (),
     )
     if not split:
         return product

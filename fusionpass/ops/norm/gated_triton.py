@@ -5,12 +5,13 @@
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ...arch import Arch
 from ...launch import Empty, Launch
+from ...tuning import store
 from ..activation.triton import activated, sigmoid
 from ..derive import MORE
+from ..pdl import pdl_launch, pdl_wait
 from ..quant.epilogue import (
     code_outputs,
     covered_rows,
@@ -92,8 +93,7 @@ def gated_norm_kernel(
     mask = inside
     if ROWS > 1 or LAYOUT == "swizzled":
         mask = inside & (row < rows)
-    if PDL:
-        gdc_wait()
+    pdl_wait(PDL)
     h = tl.load(x + row * x_row + columns, mask, other=0.0).to(tl.float32)
     g = tl.load(gate + row * gate_row + columns, mask, other=0.0).to(tl.float32)
     if not EARLY:
@@ -101,9 +101,7 @@ def gated_norm_kernel(
             w = tl.load(weight + of_weight, inside, other=0.0, eviction_policy="evict_last")
         if scale is not None:
             step = tl.load(scale).to(tl.float32)
-    if PDL:
-        # Here as in the norm's kernel, and for its reasons.
-        gdc_launch_dependents()
+    pdl_launch(PDL)
     if ACT == "silu":
         g = activated(g, ACT)
     else:
@@ -192,7 +190,9 @@ def plan_gated_rms_norm(
     span = block if group_size in (None, width) else group_size
     if span & (span - 1):
         return f"groups of {span} columns: rows in registers divide by powers of two"
-    config = configure(arch, static(rows), width, x.element_size())
+    size = (arch, static(rows), width)
+    name = "gated_rms_norm" if scheme is None else "gated_rms_norm_quantize"
+    cut = store.choose(configure(*size, x.element_size()), name, scheme, *size, x.element_size())
     widening = weight if (gating, rounding) == ("before", BEFORE) else None
     dtype = x.dtype if widening is None else torch.promote_types(x.dtype, widening.dtype)
     made = code_outputs(codes, shape)
@@ -205,7 +205,7 @@ def plan_gated_rms_norm(
     read_early = {"weight": weight, "scale": scale}
     return Launch(
         gated_norm_kernel,
-        ((covered_rows(codes, rows) + config.rows - 1) // config.rows,),
+        ((covered_rows(codes, rows) + cut.rows - 1) // cut.rows,),
         {
             "x": x,
             "gate": gate,
@@ -222,14 +222,14 @@ def plan_gated_rms_norm(
             "WIDTH": width,
             "SPAN": span,
             "BLOCK": block,
-            "ROWS": config.rows,
+            "ROWS": cut.rows,
             "VECTOR": 16 // x.element_size(),
             **scheme_constants(codes, dtype),
             "PDL": arch.has_pdl,
             "EARLY": False,
         },
         returns=tuple(name for name, output in outputs.items() if output is not None),
-        num_warps=config.warps,
+        num_warps=cut.warps,
         pdl=arch.has_pdl,
         early=tuple(name for name, tensor in read_early.items() if tensor is not None),
     )

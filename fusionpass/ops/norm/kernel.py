@@ -4,8 +4,8 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..pdl import pdl_launch, pdl_wait
 from ..quant.epilogue import store_codes, store_static
 
 
@@ -146,8 +146,7 @@ def norm_kernel(
     mask = inside
     if ROWS > 1 or LAYOUT == "swizzled":
         mask = inside & (row < rows)
-    if PDL:
-        gdc_wait()
+    pdl_wait(PDL)
     h = tl.load(x + row * x_row + columns, mask, other=0.0).to(tl.float32)
     if residual is not None:
         r = tl.load(residual + row * residual_row + columns, mask, other=0.0).to(tl.float32)
@@ -168,10 +167,7 @@ def norm_kernel(
         group = row // per_modulation
         m = tl.load(mod_scale + group * scale_row + columns, mask, other=0.0)
         shift = tl.load(mod_shift + group * shift_row + columns, mask, other=0.0)
-    if PDL:
-        # As late as Inductor's own kernels: the next one may count on everything older than this one to be finished,
-        # and may write to memory that this one has read.
-        gdc_launch_dependents()
+    pdl_launch(PDL)
     if inner is not None:
         h = normalised(h, v, None, eps, offset, inside, x, inner, WIDTH, False, AFTER, False)
     if alpha is not None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import triton
 from ...arch import Arch
 from ...launch import Empty, Launch
 from ...tuning import store
+from ...tuning.store import Cut
 from ..derive import MORE
 from ..quant.epilogue import code_outputs, covered_rows, fewest_columns, refuse_scheme, scheme_constants
 from ..quant.scheme import Scheme
@@ -24,34 +24,18 @@ MANY = 4096
 """Rows from which on starting their programs takes longer than short rows do."""
 
 
-@dataclass(frozen=True)
-class Config:
-    """How the kernel is cut.
+def configure(arch: Arch, rows: int | None, width: int, itemsize: int = 2) -> Cut:
+    """The rule for `rows` rows (None: any number) of `width` columns.
 
-    Args:
-        rows: per program.
-        warps: per program.
+    A row of 128 to 256 threads' 16-byte loads takes one load a thread, a much narrower one shares its program with
+    others, and a wider one takes 128 threads, or as many as leave none with more than 64 elements.
     """
-
-    rows: int
-    warps: int
-
-
-def configure(arch: Arch, rows: int | None, width: int, itemsize: int = 2) -> Config:
-    """The configuration for `rows` rows (None: any number) of `width` columns: as measured, else by rule.
-
-    The rule: a row of 128 to 256 threads' 16-byte loads takes one load a thread, a much narrower one shares its program
-    with others, and a wider one takes 128 threads, or as many as leave none with more than 64 elements.
-    """
-    cell = store.look_up("norm", arch, rows, width) if itemsize == 2 else None
-    if cell is not None:
-        return Config(cell["rows"], cell["warps"])
     block = triton.next_power_of_2(width)
     loads = max(1, block * itemsize // 16)
     threads = loads if 128 <= loads <= 256 else max(128, block // 64)
     # Starting a program takes a GPU over a nanosecond: many short rows are bound by that, so two share a program.
     fewest = 2 if rows is not None and rows >= MANY and loads <= 128 else 1
-    return Config(max(fewest, min(16, 64 // loads)), threads // arch.warp_size)
+    return Cut(max(fewest, min(16, 64 // loads)), block, threads // arch.warp_size)
 
 
 def plan_rms_norm(arch: Arch, **arguments: Any) -> Launch | str:
@@ -165,8 +149,11 @@ def _plan(
         if isinstance(found, str):
             return found
     rows, width, shape = row_count(x), x.shape[-1], tuple(x.shape)
-    config = configure(arch, static(rows), width, x.element_size())
-    if reason := store.refuse("norm", arch, static(rows), width):
+    parts = {"add": residual is not None, f"{kind}_norm": kind, "quantize": scheme}
+    name = "_".join(part for part, there in parts.items() if there)
+    size = (arch, static(rows), width)
+    cut = store.choose(configure(*size, x.element_size()), name, scheme, *size, x.element_size())
+    if reason := store.refuse(name, scheme, *size):
         return reason
     codes = None if scheme is None else Scheme.parse(scheme)
     # A weight of another dtype, multiplied behind the rounding, makes the norm wider.
@@ -185,7 +172,7 @@ def _plan(
     read_early = {"weight": weight, "bias": bias, "inner": inner_weight, "scale": scale}
     return Launch(
         norm_kernel,
-        ((covered_rows(codes, rows) + config.rows - 1) // config.rows,),
+        ((covered_rows(codes, rows) + cut.rows - 1) // cut.rows,),
         {
             "x": x,
             "residual": residual,
@@ -211,15 +198,15 @@ def _plan(
             "LAST": rounding == LAST and mod_scale is not None,
             "WIDE": plain != x.dtype,
             "WIDTH": width,
-            "BLOCK": max(fewest_columns(codes), triton.next_power_of_2(width)),
-            "ROWS": config.rows,
+            "BLOCK": max(fewest_columns(codes), cut.columns),
+            "ROWS": cut.rows,
             "VECTOR": 16 // x.element_size(),
             **scheme_constants(codes, dtype),
             "PDL": arch.has_pdl,
             "EARLY": False,
         },
         returns=tuple(name for name, output in outputs.items() if output is not None),
-        num_warps=config.warps,
+        num_warps=cut.warps,
         pdl=arch.has_pdl,
         early=tuple(name for name, tensor in read_early.items() if tensor is not None),
     )

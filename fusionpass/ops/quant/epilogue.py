@@ -67,13 +67,16 @@ def store_scale(scales, value, row, group, rows, GROUPS: tl.constexpr, LAYOUT: t
 
 @triton.jit
 def pack(y, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """[ROWS, BLOCK] float32 as e2m1 codes, two a byte: [ROWS, BLOCK / 2]. Nearest even; NaN gives 6."""
-    a = tl.abs(y)
-    # Each comparison is one midpoint between neighbours; a tie goes to the even one.
-    code = (a > 0.25).to(tl.int32) + (a >= 0.75).to(tl.int32) + (a > 1.25).to(tl.int32) + (a >= 1.75).to(tl.int32)
-    code += (a > 2.5).to(tl.int32) + (a >= 3.5).to(tl.int32) + (a > 5.0).to(tl.int32)
-    code += (y.to(tl.int32, bitcast=True) >> 28) & 8
-    code = tl.where(y == y, code, 7)
+    """[ROWS, BLOCK] float32 as e2m1 codes, two a byte: [ROWS, BLOCK / 2]. Nearest even, saturating; NaN gives 6."""
+    # A minimum of two numbers of which one is NaN is the other.
+    a = tl.minimum(tl.abs(y), 6.0)
+    # Codes in the binade of `power` (below 1: of 1) are as far apart as floats in that of 2**22 * power: the sum is
+    # rounded to a code's value, and ends in the steps from `power`. Each binade from 1 on has two codes.
+    power = tl.maximum(a, 1.0).to(tl.int32, bitcast=True) & 0x7F800000
+    steps = (a + (power + 0x0B000002).to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    code = (steps + (power >> 22)) & 7
+    # Not the sign of a NaN, which differs between processors.
+    code |= tl.where(y.to(tl.int32, bitcast=True) <= -0x800000, 8, 0)
     even, odd = tl.split(tl.reshape(code, [ROWS, BLOCK // 2, 2]))
     return even | (odd << 4)
 
@@ -123,7 +126,8 @@ def store_codes(
         step = given
     else:
         # As integers, magnitudes keep their order, and NaN is the largest.
-        bits = tl.where(mask, y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+        # A group past the end has 1, not 0, which a correctly rounded division would be slow with.
+        bits = tl.where(mask, y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x3F800000 if GROUP else 0)
         groups: tl.constexpr = WIDTH // GROUP if GROUP else 1
         if GROUP:
             y = tl.reshape(y, [ROWS, BLOCK // GROUP, GROUP])
@@ -168,7 +172,8 @@ def store_codes(
         y = encode(y, step, LIMIT, DIVIDE)
     else:
         y = tl.div_rn(y, factor) if DIVIDE and scales.dtype.element_ty != tl.uint8 else y * factor
-        y = tl.clamp(y, LOW, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        if q.dtype.element_ty != tl.uint8:
+            y = tl.clamp(y, LOW, LIMIT, propagate_nan=tl.PropagateNan.ALL)
         if GROUP:
             y = tl.reshape(y, [ROWS, BLOCK])
     if q.dtype.element_ty == tl.uint8:
@@ -176,10 +181,10 @@ def store_codes(
         pairs = start // 2 + tl.arange(0, BLOCK // 2)[None, :]
         tl.store(q + row * (WIDTH // 2) + pairs, codes.to(tl.uint8), (row < rows) & (pairs < WIDTH // 2))
     elif q.dtype.element_ty == tl.int8:
-        # Nearest even: from 2**23 on, floats have no digits behind the point. The clamp keeps this from fusing into
-        # a multiply-add.
-        y = (y + 12582912.0) - 12582912.0
-        tl.store(q + row * WIDTH + columns, tl.where(y == y, y, 0.0).to(tl.int8), mask)
+        # Nearest even: from 2**23 on, floats have no digits behind the point, and these end in those of the code. The
+        # clamp keeps this from fusing into a multiply-add.
+        codes = tl.where(y == y, (y + 12582912.0).to(tl.int32, bitcast=True), 0)
+        tl.store(q + row * WIDTH + columns, codes.to(tl.int8), mask)
     else:
         tl.store(q + row * WIDTH + columns, y.to(q.dtype.element_ty), mask)
 

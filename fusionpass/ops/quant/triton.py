@@ -2,16 +2,17 @@
 # Triton's own language has no annotations that mypy could check.
 # mypy: disable-error-code="no-untyped-def"
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ...arch import Arch
 from ...launch import Launch
+from ...tuning import store
+from ...tuning.store import Cut
+from ..pdl import pdl_launch, pdl_wait
 from ..rows import FLOATS, known, row_count, row_stride, static
 from .epilogue import (
     code_outputs,
@@ -76,14 +77,11 @@ def quantize_kernel(
     given = None
     if EARLY:
         given = tl.load(scale).to(tl.float32)
-    if PDL:
-        gdc_wait()
+    pdl_wait(PDL)
     if scale is not None and not EARLY:
         given = tl.load(scale).to(tl.float32)
     y = tl.load(x + row * x_row + columns, mask, other=0.0).to(tl.float32)
-    if PDL:
-        # Here as in the norm's kernel, and for its reasons.
-        gdc_launch_dependents()
+    pdl_launch(PDL)
     store_codes(
         y, given, q, scales, row, columns, mask, rows, WIDTH, GROUP, LIMIT, LOW, INVERSE, INPUT, EPS, ZERO_IS_ONE,
         POWER, LAYOUT, DIVIDE, start,
@@ -113,10 +111,11 @@ def plan_quantize(
     if flat:
         width = stride = FLAT_ROW
         rows = (elements + FLAT_ROW - 1) // FLAT_ROW
-    tile = cut(arch, kind, static(rows), width, x.element_size())
+    rule = configure(arch, kind, static(rows), width, x.element_size())
+    cut = store.choose(rule, "quantize", scheme, arch, static(row_count(x)), x.shape[-1], x.element_size())
     return Launch(
         quantize_kernel,
-        ((covered_rows(kind, rows) + tile.rows - 1) // tile.rows * triton.cdiv(width, tile.columns),),
+        ((covered_rows(kind, rows) + cut.rows - 1) // cut.rows * triton.cdiv(width, cut.columns),),
         {
             "x": x,
             "scale": scale,
@@ -125,8 +124,8 @@ def plan_quantize(
             "elements": elements,
             "x_row": stride,
             "WIDTH": width,
-            "BLOCK": tile.columns,
-            "ROWS": tile.rows,
+            "BLOCK": cut.columns,
+            "ROWS": cut.rows,
             "VECTOR": 16 // x.element_size(),
             "FLAT": flat,
             **scheme_constants(kind, x.dtype),
@@ -134,42 +133,27 @@ def plan_quantize(
             "EARLY": False,
         },
         returns=("q", "scales") if kind.returns_scale else ("q",),
-        num_warps=tile.warps,
+        num_warps=cut.warps,
         pdl=arch.has_pdl,
         early=("scale",) if kind.takes_scale else (),
     )
 
 
-@dataclass(frozen=True)
-class Tile:
-    """What one program takes.
-
-    Args:
-        rows: how many.
-        columns: of each.
-        warps: how many share them.
-    """
-
-    rows: int
-    columns: int
-    warps: int
-
-
-def cut(arch: Arch, kind: Scheme, rows: int | None, width: int, itemsize: int) -> Tile:
-    """The tile for `rows` rows (None: any number) of `width` columns."""
+def configure(arch: Arch, kind: Scheme, rows: int | None, width: int, itemsize: int) -> Cut:
+    """The rule for `rows` rows (None: any number) of `width` columns."""
     if kind.static:
         columns = min(4096, triton.next_power_of_2(width))
-        return Tile(1, columns, max(1, min(256, columns // 8) // arch.warp_size))
+        return Cut(1, columns, max(1, min(256, columns // 8) // arch.warp_size))
     if kind.group is None:
         # The whole row, by the norm kernel's rule.
         columns = triton.next_power_of_2(width)
         loads = max(1, columns * itemsize // 16)
         threads = loads if 128 <= loads <= 256 else max(128, columns // 64)
-        return Tile(max(1, min(16, 64 // loads)), columns, threads // arch.warp_size)
+        return Cut(max(1, min(16, 64 // loads)), columns, threads // arch.warp_size)
     # Few elements are spread over more programs; the widest block that wastes no more than a tenth.
     elements = rows * width if rows is not None else 2**31
     most = max(fewest_columns(kind), 512 if elements <= 2**17 else 1024 if elements <= 2**20 else 2048)
     columns = most
     while columns > fewest_columns(kind) and width < 0.9 * triton.cdiv(width, columns) * columns:
         columns //= 2
-    return Tile(most // columns, columns, max(1, most // 8 // arch.warp_size))
+    return Cut(most // columns, columns, max(1, most // 8 // arch.warp_size))

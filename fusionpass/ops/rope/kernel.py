@@ -3,7 +3,8 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..pdl import pdl_launch, pdl_wait
 
 
 @triton.jit
@@ -139,8 +140,7 @@ def _one_kind(
         sin_a = tl.load(of_sin + one, mask, other=0.0).to(tl.float32)
         cos_b = tl.load(of_cos + other, mask, other=0.0).to(tl.float32)
         sin_b = tl.load(of_sin + other, mask, other=0.0).to(tl.float32)
-    if PDL:
-        gdc_launch_dependents()
+    pdl_launch(PDL)
     if NORM == "before":
         a, b, c = _normed(a, b, c, wa, wb, wc, eps, offset, kind, DIM, AFTER)
     if TURN:
@@ -242,8 +242,7 @@ def heads_kernel(
     q_blocks = (q_heads + HEADS - 1) // HEADS
     k_blocks = (k_heads + HEADS - 1) // HEADS
     outside = cos if WIDE else q
-    if PDL:
-        gdc_wait()
+    pdl_wait(PDL)
     at = place
     cached = token < tokens
     if positions is not None:

@@ -44,12 +44,13 @@ class _Cut:
 def configure(arch: Arch, heads: int, rows: int | None, width: int) -> _Cut:
     """The cut on `arch` for `rows` rows of heads (None: any number) of `width` columns, `heads` a token at least.
 
-    A program of few rows takes 1024 elements, one of many 4096, in halves of heads of which a thread takes 16 bytes.
+    A program takes 1024 elements, in halves of heads of which a thread takes 16 bytes: of several heads where rows are
+    few, else of one head of several tokens (found by trying, see docs/kernels.md).
     """
-    target = 1024 if rows is not None and rows <= FEW else 4096
     block = triton.next_power_of_2(width)
-    together = max(1, target // block)
-    shared = min(together, triton.next_power_of_2(heads))
+    together = max(1, 1024 // block)
+    few = rows is not None and rows <= FEW
+    shared = min(together, triton.next_power_of_2(heads)) if few else 1
     tokens = max(1, together // shared)
     return _Cut(shared, tokens, max(1, min(8, shared * tokens * block // 16 // arch.warp_size)))
 

@@ -1,0 +1,167 @@
+"""linear_bf16_fp32: what it computes, and what computes it where."""
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+from fusionpass.arch import Arch
+from fusionpass.errors import ArgumentError
+from fusionpass.launch import Late, Launch
+from fusionpass.ops import linear_bf16_fp32
+from fusionpass.ops.gemm.linear import ALGORITHMS, Request, choose
+
+TARGETS = (
+    "sm_80",
+    "sm_86",
+    "sm_89",
+    "sm_90",
+    "sm_100",
+    "sm_103",
+    "sm_120",
+    "sm_121",
+    "gfx942",
+    "gfx950",
+    "cpu",
+    "sm_75",
+)
+ROUTERS = [(768, 6144), (384, 3072), (256, 7168)]
+
+
+def operands(m: int, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(m * n + k)
+    x, w = (torch.randn(rows, k, generator=generator).bfloat16() for rows in (m, n))
+    return x, w
+
+
+@pytest.mark.parametrize("algo", ["auto", "upcast"])
+@pytest.mark.parametrize("m", [0, 1, 7, 512])
+def test_float32_sums_of_exact_products(m: int, algo: str) -> None:
+    x, w = operands(m, 24, 3072)
+    got = linear_bf16_fp32(x, w, algo)
+    assert (got.shape, got.dtype) == ((m, 24), torch.float32)
+    terms = x.double().abs() @ w.double().abs().t()
+    assert ((got.double() - x.double() @ w.double().t()).abs() <= 3072 * 2.0**-24 * terms).all()
+
+
+def test_strides() -> None:
+    x, w = operands(6, 24, 128)
+    wide = torch.zeros(12, 200).bfloat16()
+    wide[::2, 8:136] = x
+    expected = x.float() @ w.float().t()
+    torch.testing.assert_close(linear_bf16_fp32(wide[::2, 8:136], w), expected)
+    torch.testing.assert_close(linear_bf16_fp32(x, w.t().contiguous().t()), expected)
+
+
+def test_compiled_whole() -> None:
+    x, w = operands(6, 24, 128)
+    compiled = torch.compile(lambda x, w: linear_bf16_fp32(x, w) * 2, fullgraph=True)
+    torch.testing.assert_close(compiled(x, w), linear_bf16_fp32(x, w) * 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algo": "cubls"}, "there is no algorithm 'cubls'. Did you mean 'cublas'?"),
+        ({"algo": "cublas"}, "cublas cannot: cuBLAS is for NVIDIA GPUs, not cpu"),
+        ({"algo": "triton"}, "triton cannot: the cpu has no Triton kernels"),
+        ({"algo": "deep_gemm"}, "deep_gemm cannot: DeepGEMM is for sm_90 and sm_100, not cpu"),
+        ({"x": torch.zeros(2, 3, 64).bfloat16()}, r"x is \(2, 3, 64\), w \(8, 64\)"),
+        ({"x": torch.zeros(2, 32).bfloat16()}, r"x is \(2, 32\), w \(8, 64\)"),
+        ({"x": torch.zeros(2, 64)}, "x is torch.float32, w torch.bfloat16"),
+        ({"w": torch.zeros(8, 64).half()}, "x is torch.bfloat16, w torch.float16"),
+    ],
+)
+def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
+    x, w = operands(2, 8, 64)
+    with pytest.raises(ArgumentError, match=message):
+        linear_bf16_fp32(**{"x": x, "w": w, **changes})
+
+
+@pytest.mark.parametrize("shape", ROUTERS, ids=str)
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_choice_by_target(name: str, shape: tuple[int, int]) -> None:
+    few, many = (choose(Arch(name), Request(rows, *shape)) for rows in (64, 65))
+    gpu, nvidia = name not in ("cpu", "sm_75"), name.startswith("sm_") and name != "sm_75"
+    assert few.algorithm == ("triton" if gpu else "upcast")
+    assert many.algorithm == ("cublas" if nvidia else "upcast")
+    if gpu:
+        assert many.rejected["triton"] == "65 rows are bound by their products (at most 64)"
+    reasons = {
+        "cpu": {"triton": "the cpu has no Triton kernels", "cublas": "cuBLAS is for NVIDIA GPUs, not cpu"},
+        "sm_75": dict.fromkeys(("triton", "cublas"), "bfloat16 needs sm_80 or newer, not sm_75"),
+    }
+    if not gpu:
+        assert few.rejected == reasons[name]
+    for algo in ALGORITHMS:
+        reason = ALGORITHMS[algo](Arch(name), Request(64, *shape))
+        if reason is None:
+            assert choose(Arch(name), Request(64, *shape), algo).algorithm == algo
+        else:
+            with pytest.raises(ArgumentError, match=f"{algo} cannot: "):
+                choose(Arch(name), Request(64, *shape), algo)
+
+
+def test_what_each_algorithm_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    h100 = Arch("sm_90")
+
+    def found(package: str) -> Any:
+        return object() if package in there else None
+
+    there = {"triton"}
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+    assert ALGORITHMS["deep_gemm"](h100, Request(8, 256, 7168)) == "the package deep_gemm is not installed"
+    there.add("deep_gemm")
+    assert ALGORITHMS["deep_gemm"](h100, Request(8, 256, 7168)) is None
+    assert ALGORITHMS["deep_gemm"](h100, Request(8, 250, 7168)) == "N is 250 and K 7168, not multiples of 8"
+    assert ALGORITHMS["deep_gemm"](h100, Request(8, 256, 7172)) == "N is 256 and K 7172, not multiples of 8"
+    assert ALGORITHMS["deep_gemm"](Arch("sm_120"), Request(8, 256, 7168)) is not None
+    assert ALGORITHMS["triton"](h100, Request(8, 256, 100)) == "K is 100, not a multiple of 8"
+    there.remove("triton")
+    assert ALGORITHMS["triton"](h100, Request(8, 256, 7168)) == "triton is not installed here"
+    assert choose(h100, Request(8, 256, 7168)).algorithm == "cublas"
+    assert choose(h100, Request(None, 256, 7168)).rejected == {"triton": "triton is not installed here"}
+
+
+def planned(name: str = "sm_90", **changes: Any) -> tuple[Any, str]:
+    x, w = operands(8, 256, 512)
+    return linear_bf16_fp32.plan(Arch(name), linear_bf16_fp32.bind((), {"x": x, "w": w, **changes}))
+
+
+def test_what_is_planned() -> None:
+    launch, why = planned()
+    assert (why, isinstance(launch, Launch)) == ("triton", True)
+    assert launch.all[0].args["a_scale"] is None
+    assert launch.all[0].args["SUMMED"] == 0
+    assert launch.all[0].args["DEPTH"] * 2 in (128, 256)
+    assert planned(algo="cublas") == (None, "triton: cublas was asked for")
+    assert planned(algo="upcast") == (None, "triton: upcast was asked for")
+    x, _ = operands(65, 8, 512)
+    assert planned(x=x) == (None, "triton: 65 rows are bound by their products (at most 64)")
+    with pytest.raises(ArgumentError, match="triton cannot: 65 rows"):
+        planned(x=x, algo="triton")
+    with pytest.raises(ArgumentError, match="cublas cannot: cuBLAS is for NVIDIA GPUs, not gfx942"):
+        planned("gfx942", algo="cublas")
+    odd = torch.zeros(8, 516).bfloat16()[:, :512]
+    assert planned(x=odd)[1] == "triton: a has strides (516, 1), not rows of 16 bytes each"
+
+
+def test_symbolic_sizes() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment)
+    _, w = operands(8, 256, 512)
+
+    def fake(t: torch.Tensor, *symbolic: int) -> torch.Tensor:
+        dims = [DimDynamic.DYNAMIC if d in symbolic else DimDynamic.STATIC for d in range(2)]
+        made: torch.Tensor = mode.from_tensor(t, symbolic_context=StatelessSymbolicContext(dims))
+        return made
+
+    assert isinstance(planned(x=fake(torch.zeros(8, 512).bfloat16(), 0), w=fake(w))[0], Late)
+    for dim in (0, 1):
+        x = fake(torch.zeros(8, 512).bfloat16(), *(d for d in (1,) if dim == 1))
+        assert planned(x=x, w=fake(w, dim))[1] == "triton: the weight is of symbolic size, and the choice depends on it"
+    assert not environment.guards
