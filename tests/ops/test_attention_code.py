@@ -73,7 +73,7 @@ def test_keys_and_values_are_behind_the_branch_and_both_asked_for_before_one_is_
     loads = [m.start() for m in re.finditer(r"ld\.global[\w.:]*\.v4\.b32", decode)]
     queries, mask, rest = loads[:2], loads[2], loads[3:]
     assert queries[-1] < mask < decode.index("bar.sync")  # 2048 positions at once
-    assert len(rest) == 16  # 64 rows of 256 bytes, twice, over 128 threads
+    assert len(rest) == 8  # 32 rows of 256 bytes, twice, over 128 threads
     assert re.search(r"@%p\d+ bra", decode[queries[-1] : rest[0]])
     assert "bar.sync" not in decode[rest[0] : rest[-1]]
 

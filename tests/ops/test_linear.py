@@ -1,16 +1,20 @@
 """linear_bf16_fp32: what it computes, and what computes it where."""
 
 import importlib.util
+import re
 from typing import Any
 
 import pytest
 import torch
 
+from fusionpass import Config
 from fusionpass.arch import Arch
 from fusionpass.errors import ArgumentError
 from fusionpass.launch import Late, Launch
 from fusionpass.ops import linear_bf16_fp32
 from fusionpass.ops.gemm.linear import ALGORITHMS, Request, choose
+from fusionpass.session import Session
+from tests.fake_gpu import codegen, needs_cuda_build
 
 TARGETS = (
     "sm_80",
@@ -165,3 +169,17 @@ def test_symbolic_sizes() -> None:
         x = fake(torch.zeros(8, 512).bfloat16(), *(d for d in (1,) if dim == 1))
         assert planned(x=x, w=fake(w, dim))[1] == "triton: the weight is of symbolic size, and the choice depends on it"
     assert not environment.guards
+
+
+@needs_cuda_build
+@pytest.mark.parametrize(("rows", "kernels"), [(8, ["stream", "split"]), (65, [])])
+def test_a_router_in_inductors_wrapper(rows: int, kernels: list[str]) -> None:
+    def make() -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty(n, 2048, dtype=torch.bfloat16, device="cuda") for n in (rows, 128))
+
+    session = Session(Config(target=Arch("sm_90")))
+    (source,) = codegen(lambda x, w: (x.float() @ w.float().t()).softmax(-1), make, "sm_90", session)
+    assert session.report.count("linear_bf16_fp32") == 1
+    calls = [name for name in re.findall(r"(\w+)\.run\(", source) if "softmax" not in name]
+    assert [name for name in kernels for call in calls if name in call] == kernels
+    assert ("extern_kernels.mm_dtype" in source) == (not kernels)

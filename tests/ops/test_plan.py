@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fusionpass.arch import Arch
+from fusionpass.op import OPS
 from fusionpass.ops import add_rms_norm_quantize, quantize, rms_norm, silu_mul, silu_mul_quantize
 
 pytest.importorskip("triton")
@@ -27,6 +28,17 @@ def reason(op, arch=H100, **changes):
     launch, why = op.plan(arch, sample(op, **changes))
     assert launch is None
     return why
+
+
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.backends and op.namespace == "fusionpass"], ids=str)
+def test_launches_take_the_ops_own_tensors(op):
+    """In a graph they are told apart by identity, so that a view of one would be none of them."""
+    arguments = sample(op, tokens=1, width=128)
+    launch, why = op.plan(H100, arguments)
+    assert launch is not None, why
+    given = [id(v) for v in arguments.values() if isinstance(v, torch.Tensor)]
+    taken = [v for part in launch.all for v in part.args.values() if isinstance(v, torch.Tensor)]
+    assert taken and all(id(v) in given for v in taken)
 
 
 def test_targets():

@@ -1,7 +1,7 @@
 """The plan of products with few rows: what the kernels take, and how they are cut."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -96,8 +96,20 @@ def _refuse(
     return None
 
 
-Weight = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-"""A matrix, its scale where it is one of codes, and the bias behind its product."""
+class Weight(NamedTuple):
+    """One of the matrices that `a` is multiplied by.
+
+    Attributes:
+        b: [K, N], stored column by column.
+        scale: where `b` is one of codes.
+        bias: [N], behind the product.
+        of: the argument that `b` is a view of, where it is one: launches take arguments.
+    """
+
+    b: torch.Tensor
+    scale: torch.Tensor | None
+    bias: torch.Tensor | None
+    of: torch.Tensor | None = None
 
 
 def plan_scaled_mm(
@@ -111,12 +123,12 @@ def plan_scaled_mm(
     fast_accum: bool = False,
 ) -> Launch | Late | str:
     """The launches that run `scaled_mm` where `a` has few rows, or why there are none."""
-    return _plan(arch, a, a_scale, [(b, b_scale, bias)], out_dtype, fast_accum)
+    return _plan(arch, a, a_scale, [Weight(b, b_scale, bias)], out_dtype, fast_accum)
 
 
 def plan_linear(arch: Arch, x: torch.Tensor, w: torch.Tensor) -> Launch | Late | str:
     """The launches that run `linear_bf16_fp32`, likewise."""
-    return _plan(arch, x, None, [(w.t(), None, None)], "float32", False)
+    return _plan(arch, x, None, [Weight(w.t(), None, None, w)], "float32", False)
 
 
 def plan_scaled_mms(
@@ -136,14 +148,12 @@ def plan_scaled_mms(
     fast_accum: bool = False,
 ) -> Launch | Late | str:
     """The launches that run `scaled_mms`, likewise."""
-    weights: list[Weight] = [(b, b_scale, bias), (b_2, b_scale_2, bias_2)]
+    weights = [Weight(b, b_scale, bias), Weight(b_2, b_scale_2, bias_2)]
     if b_3 is not None and b_scale_3 is not None:
-        weights.append((b_3, b_scale_3, bias_3))
-    if any(b.shape[1] == 1 for b, _, _ in weights):
+        weights.append(Weight(b_3, b_scale_3, bias_3))
+    if any(weight.b.shape[1] == 1 for weight in weights):
         return "a weight has one column"
-    kinds = {
-        (scale is not None and is_single(scale), None if bias is None else bias.dtype) for _, scale, bias in weights
-    }
+    kinds = {(w.scale is not None and is_single(w.scale), None if w.bias is None else w.bias.dtype) for w in weights}
     if len(kinds) > 1:
         return "the weights' scales or biases are of different kinds"
     return _plan(arch, a, a_scale, weights, out_dtype, fast_accum)
@@ -152,18 +162,18 @@ def plan_scaled_mms(
 def _plan(
     arch: Arch, a: torch.Tensor, a_scale: torch.Tensor | None, weights: list[Weight], out_dtype: str, fast_accum: bool
 ) -> Launch | Late | str:
-    for b, b_scale, bias in weights:
-        if reason := _refuse(arch, a, b, a_scale, b_scale, bias):
+    for weight in weights:
+        if reason := _refuse(arch, a, weight.b, a_scale, weight.scale, weight.bias):
             return reason
-    rows, k = static(a.shape[0]), weights[0][0].shape[0]
-    a_scales, b_scales = (scale is not None and not is_single(scale) for scale in (a_scale, weights[0][1]))
+    rows, k = static(a.shape[0]), weights[0].b.shape[0]
+    a_scales, b_scales = (scale is not None and not is_single(scale) for scale in (a_scale, weights[0].scale))
     single = a_scale is not None and not a_scales and not b_scales and a.dtype != torch.int8
     most = SINGLE if single else ROWS
     if rows is None:
         return Late(f"up to {most} rows have a kernel, more go to cuBLAS")
     if rows > most:
         return f"{rows} rows are bound by their products (at most {most})"
-    columns = [b.shape[1] for b, _, _ in weights]
+    columns = [weight.b.shape[1] for weight in weights]
     cut = configure(arch, rows, sum(columns), k)
     depth = cut.depth // a.element_size()  # as many bytes
     split = cut.splits > 1
@@ -172,11 +182,14 @@ def _plan(
     outs: dict[str, Any] = {}
     steps: dict[str, Any] = {}
     for i, name in enumerate(("", "_2", "_3")):
-        given = weights[i] if i < len(weights) else (None, None, None)
-        matrices[f"b{name}"], sizes[f"b_scale{name}"], sizes[f"bias{name}"] = given
+        weight = weights[i] if i < len(weights) else None
+        matrices[f"b{name}"] = None if weight is None else weight.b if weight.of is None else weight.of
+        sizes[f"b_scale{name}"], sizes[f"bias{name}"] = (
+            (weight.scale, weight.bias) if weight is not None else (None, None)
+        )
         sizes[f"columns{name}"], steps[f"b_column{name}"], outs[f"out{name}"] = 0, 0, None
-        if i < len(weights):
-            sizes[f"columns{name}"], steps[f"b_column{name}"] = columns[i], weights[i][0].stride(1)
+        if weight is not None:
+            sizes[f"columns{name}"], steps[f"b_column{name}"] = columns[i], weight.b.stride(1)
             outs[f"out{name}"] = Empty((rows, columns[i]), OUTPUTS[out_dtype])
     returns = tuple(name for name, out in outs.items() if out is not None)
     number = torch.int32 if a.dtype == torch.int8 else torch.float32
