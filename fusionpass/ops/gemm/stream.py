@@ -182,14 +182,12 @@ def _plan(
     outs: dict[str, Any] = {}
     steps: dict[str, Any] = {}
     for i, name in enumerate(("", "_2", "_3")):
-        weight = weights[i] if i < len(weights) else None
-        matrices[f"b{name}"] = None if weight is None else weight.b if weight.of is None else weight.of
-        sizes[f"b_scale{name}"], sizes[f"bias{name}"] = (
-            (weight.scale, weight.bias) if weight is not None else (None, None)
-        )
+        one = weights[i] if i < len(weights) else None
+        matrices[f"b{name}"] = None if one is None else one.b if one.of is None else one.of
+        sizes[f"b_scale{name}"], sizes[f"bias{name}"] = (one.scale, one.bias) if one is not None else (None, None)
         sizes[f"columns{name}"], steps[f"b_column{name}"], outs[f"out{name}"] = 0, 0, None
-        if weight is not None:
-            sizes[f"columns{name}"], steps[f"b_column{name}"] = columns[i], weight.b.stride(1)
+        if one is not None:
+            sizes[f"columns{name}"], steps[f"b_column{name}"] = columns[i], one.b.stride(1)
             outs[f"out{name}"] = Empty((rows, columns[i]), OUTPUTS[out_dtype])
     returns = tuple(name for name, out in outs.items() if out is not None)
     number = torch.int32 if a.dtype == torch.int8 else torch.float32
