@@ -1,0 +1,130 @@
+"""Products of matrices whose scales change along K: blocks of FP8 and INT8, MXFP8, NVFP4."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ...errors import ArgumentError, nearest
+from ...op import op
+from ..quant import dequantize, quantize
+from ..quant.layout import swizzled_shape
+from ..quant.scheme import Scheme
+from ..rows import known, triton_backend
+from . import OUTPUTS, SUMMED
+
+
+def _sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
+    x, w = (torch.randn(rows, width, generator=generator, device=device) for rows in (tokens, max(8, width // 2)))
+    a, a_scale = quantize.reference(x, None, "fp8_group128")
+    b, b_scale = quantize.reference(w, None, "fp8_block128")
+    name = str(dtype).removeprefix("torch.")
+    return {"a": a, "b": b, "a_scale": a_scale, "b_scale": b_scale, "out_dtype": name}
+
+
+@op(outputs=("product",), sample=_sample, tolerance={"product": SUMMED})
+def block_scaled_mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    a_scheme: str = "fp8_group128",
+    b_scheme: str = "fp8_block128",
+    a_global_scale: torch.Tensor | None = None,
+    b_global_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: str = "bfloat16",
+) -> torch.Tensor:
+    """`dequantize(a) @ dequantize(b).T + bias` of two matrices of codes, summed in float32 and rounded once.
+
+    Args:
+        a: codes [M, K] as `quantize` returns them; [M, K/2] uint8 for nvfp4.
+        b: codes [N, K], or [N, K/2], likewise.
+        a_scale: the scales of `a`: [M, ⌈K/group⌉], in the dtype and layout that `a_scheme` says.
+        b_scale: the scales of `b`: [N, ⌈K/group⌉], or [⌈N/128⌉, ⌈K/128⌉] where `b_scheme` is of blocks.
+        a_scheme: a `Scheme` whose scales are for groups of a row.
+        b_scheme: one with groups, or blocks, as long.
+        a_global_scale: what `a_scale` is relative to, one float32 element; for nvfp4.
+        b_global_scale: what `b_scale` is relative to, likewise.
+        bias: [N], floating point.
+        out_dtype: "bfloat16", "float16" or "float32".
+
+    Returns:
+        [M, N], contiguous. MXFP8 by way of bfloat16: `code * scale` is exact there from 2**-126 to 2**127.
+
+    Raises:
+        ArgumentError: schemes, shapes, layouts or dtypes do not fit.
+
+    Source: the products of the OCP Microscaling specification 1.0 (6.2) and of DeepSeek-V3's report (arXiv:2412.19437,
+        3.3.2), with float32 sums.
+    """
+    kinds = Scheme.parse(a_scheme), Scheme.parse(b_scheme)
+    _check(a, b, a_scale, b_scale, kinds, (a_global_scale, b_global_scale), bias, out_dtype)
+    x = _dequantized(a, a_scale, kinds[0], a_global_scale)
+    w = _dequantized(b, b_scale, kinds[1], b_global_scale)
+    return F.linear(x, w, None if bias is None else bias.float()).to(OUTPUTS[out_dtype])
+
+
+def _dequantized(codes: torch.Tensor, scale: torch.Tensor, kind: Scheme, given: torch.Tensor | None) -> torch.Tensor:
+    """`dequantize` for a last group that need not be whole."""
+    k, group = codes.shape[1], kind.group
+    if group is None or kind.packed or known(k % group == 0):
+        return dequantize(codes, scale, kind, given)
+    padded = F.pad(codes.view(torch.uint8), (0, -k % group)).view(codes.dtype)
+    return dequantize(padded, scale, kind, given)[:, :k]
+
+
+def group_of(kind: Scheme) -> int | None:
+    """How many codes of a row share a scale, or None: all."""
+    return 128 if kind.granularity == "block128" else kind.group
+
+
+def _check(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    kinds: tuple[Scheme, Scheme],
+    given: tuple[torch.Tensor | None, torch.Tensor | None],
+    bias: torch.Tensor | None,
+    out_dtype: str,
+) -> None:
+    def wrong(what: str, fix: str) -> ArgumentError:
+        return ArgumentError(what, "block_scaled_mm", fix)
+
+    groups = [group_of(kind) for kind in kinds]
+    if None in groups or groups[0] != groups[1] or kinds[0].granularity == "block128":
+        raise wrong(f"the schemes are {kinds[0]} and {kinds[1]}", "Both need groups of one length; a has no blocks")
+    if kinds[0].code_dtype != kinds[1].code_dtype or kinds[0].scale_dtype != kinds[1].scale_dtype:
+        raise wrong(f"the schemes are {kinds[0]} and {kinds[1]}", "Use codes of one dtype, and scales of one")
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
+        raise wrong(f"a is {tuple(a.shape)}, b {tuple(b.shape)}", "Pass [M, K] and [N, K]")
+    named = (("a", a, a_scale, kinds[0], given[0]), ("b", b, b_scale, kinds[1], given[1]))
+    for name, codes, scale, kind, relative in named:
+        if codes.dtype != kind.code_dtype:
+            raise wrong(f"{name} is {codes.dtype}", f"{kind} has {kind.code_dtype}")
+        wanted = scale_shape(codes, kind)
+        if scale.dtype != kind.stored_scale_dtype or tuple(scale.shape) != wanted:
+            raise wrong(
+                f"{name}_scale is {scale.dtype}, shape {tuple(scale.shape)}",
+                f"{kind} has {kind.stored_scale_dtype} {list(wanted)} here",
+            )
+        if (relative is not None) != kind.takes_scale or (relative is not None and relative.numel() != 1):
+            what = "missing" if relative is None else f"of shape {tuple(relative.shape)}"
+            raise wrong(f"{name}_global_scale is {what}", f"{kind} takes {'one' if kind.takes_scale else 'none'}")
+    if bias is not None and (tuple(bias.shape) != (b.shape[0],) or not bias.is_floating_point()):
+        raise wrong(f"bias is {bias.dtype}, shape {tuple(bias.shape)}", f"Pass [{b.shape[0]}]")
+    if out_dtype not in OUTPUTS:
+        raise wrong(f"out_dtype is {out_dtype!r}", nearest(out_dtype, OUTPUTS))
+
+
+def scale_shape(codes: torch.Tensor, kind: Scheme) -> tuple[Any, Any]:
+    """The shape of the scales of a matrix of codes."""
+    rows, k = codes.shape[0], codes.shape[1] * (2 if kind.packed else 1)
+    group = group_of(kind)
+    assert group is not None
+    shape = ((rows + 127) // 128 if kind.granularity == "block128" else rows, (k + group - 1) // group)
+    return swizzled_shape(*shape) if kind.layout == "swizzled" else shape
+
+
+block_scaled_mm.backends.append(triton_backend(f"{__package__}.blocks_triton", "plan"))

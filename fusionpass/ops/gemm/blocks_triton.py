@@ -1,0 +1,186 @@
+"""The plan of products whose scales change along K: what the kernel takes, and how it is cut."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...arch import Arch
+from ...launch import Empty, Late, Launch
+from ..quant.scheme import Scheme
+from ..rows import known, static
+from . import OUTPUTS
+from .blocks import group_of
+from .blocks_kernel import block_kernel
+from .kernel import split_kernel
+
+FEW = 64
+"""Rows that are bound by reading the weights; more are bound by their products."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a product is cut.
+
+    Args:
+        rows: of `a`, a program; 1 multiplies one by one, more are a size that `tl.dot` takes.
+        columns: rows of `b`, a program.
+        depth: bytes of K, a step.
+        splits: programs that share their rows and columns, a part of K each.
+        grouped: blocks of rows whose programs are next to one another.
+        warps: per program.
+        stages: steps in flight.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    splits: int = 1
+    grouped: int = 1
+    warps: int = 4
+    stages: int = 3
+
+
+def configure(arch: Arch, rows: int, columns: int, depths: int, most: int) -> Cut:
+    """The cut for so many rows.
+
+    Few rows are cut as in `stream.configure`, which was measured on an H100; the rest is not measured.
+
+    Args:
+        arch: the target.
+        rows: of `a`.
+        columns: rows of `b`.
+        depths: bytes of a row of codes.
+        most: bytes of K that one step may take.
+    """
+    count = arch.multiprocessors
+    if rows == 1:
+        return Cut(1, 4 if columns <= 32 * count else 8, 512, warps=2 if columns <= 32 * count else 4, stages=1)
+    if rows <= FEW:
+        programs = triton.cdiv(columns, 64)
+        splits = 1 if 3 * programs >= 2 * count else max(1, min(8, 2 * count // programs, depths // 256))
+        return Cut(max(16, triton.next_power_of_2(rows)), 64, min(most, 128), splits, stages=6 if arch.is_cuda else 2)
+    stages = 2 if arch.is_rocm else 3
+    return Cut(128, 128, min(most, 128), grouped=8, warps=8, stages=stages)
+
+
+def native(arch: Arch, kind: Scheme, cut: Cut) -> bool:
+    """Whether the matrix units multiply such codes with their scales."""
+    if group_of(kind) == 128:
+        return False
+    if arch.capability in (100, 103):  # by 128 columns of the tensor memory
+        return cut.columns >= 128
+    return arch.capability in (120, 121) or (arch.name == "gfx950" and not kind.packed)
+
+
+def _refuse(arch: Arch, kind: Scheme, tensors: dict[str, torch.Tensor | None], k: Any) -> str | None:
+    """Why the kernel cannot multiply these."""
+    a = tensors["a"]
+    assert a is not None
+    for name, t in tensors.items():
+        if t is not None and t.device != a.device:
+            return f"{name} is on {t.device}, a on {a.device}"
+    if torch.float8_e4m3fn in (a.dtype, kind.scale_dtype) and not arch.has_fp8_e4m3fn:
+        return f"{arch.name} has no float8_e4m3fn"
+    if a.dtype == torch.float8_e4m3fnuz and arch.name != "gfx942":
+        return f"{arch.name} has no float8_e4m3fnuz"
+    if not isinstance(k, int) or not isinstance(tensors["b"].shape[0], int):  # type: ignore[union-attr]
+        return "the size of the weight is symbolic"
+    if k == 0:
+        return "K is 0"
+    for name in ("a", "b", "bias"):
+        t = tensors[name]
+        if t is not None and not known(t.stride(-1) == 1):
+            return f"{name} has strides {tuple(t.stride())}, not contiguous rows"
+    return None
+
+
+def plan(
+    arch: Arch,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    a_scheme: str = "fp8_group128",
+    b_scheme: str = "fp8_block128",
+    a_global_scale: torch.Tensor | None = None,
+    b_global_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: str = "bfloat16",
+) -> Launch | Late | str:
+    """The launches that run `block_scaled_mm`, or why there are none."""
+    kinds = Scheme.parse(a_scheme), Scheme.parse(b_scheme)
+    scales = {"a_scale": a_scale, "b_scale": b_scale, "a_global": a_global_scale, "b_global": b_global_scale}
+    depths = b.shape[1]
+    if reason := _refuse(arch, kinds[0], {"a": a, "b": b, **scales, "bias": bias}, depths):
+        return reason
+    rows, columns = static(a.shape[0]), b.shape[0]
+    if rows is None:
+        return Late("few rows are cut in other ways than many")
+    group = (group_of(kinds[0]) or 1) // (2 if kinds[0].packed else 1)
+    by_sum = group == 128
+    cut = configure(arch, rows, columns, depths, group if by_sum else 128)
+    split = cut.splits > 1
+    out, wide = Empty((rows, columns), OUTPUTS[out_dtype]), tl.float16 if kinds[0].packed else tl.bfloat16
+    finish = {
+        "bias": bias,
+        "sums": Empty((cut.splits, rows, columns), torch.float32) if split else None,
+        "rows": rows,
+        "columns": columns,
+        "SPLITS": cut.splits,
+        "PDL": arch.has_pdl,
+    }
+    steps: dict[str, Any] = {}
+    for name, scale, kind in (("a", a_scale, kinds[0]), ("b", b_scale, kinds[1])):
+        swizzled = kind.layout == "swizzled"
+        steps[f"{name}_scale_row"] = scale.shape[1] // 4 if swizzled else scale.stride(0)
+        steps[f"{name}_scale_group"] = 1 if swizzled else scale.stride(1)
+        steps[f"{name.upper()}_SWIZZLED"] = swizzled
+    product = Launch(
+        block_kernel,
+        (triton.cdiv(rows, cut.rows) * triton.cdiv(columns, cut.columns), cut.splits),
+        {
+            **finish,
+            **scales,
+            **steps,
+            "a": a,
+            "b": b,
+            "out": None if split else out,
+            "depths": depths,
+            "a_row": a.stride(0),
+            "b_row": b.stride(0),
+            "GROUP": group,
+            "SHARED": 128 if kinds[1].granularity == "block128" else 1,
+            "WIDE": None if by_sum else wide,
+            "NATIVE": native(arch, kinds[0], cut),
+            "EVEN": depths % cut.depth == 0,
+            "ROWS": cut.rows,
+            "COLUMNS": cut.columns,
+            "DEPTH": cut.depth,
+            "GROUPED": cut.grouped,
+        },
+        returns=() if split else ("out",),
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+        pdl=arch.has_pdl,
+    )
+    if not split:
+        return product
+    block = 1024
+    others = [f"{name}{which}" for which in ("_2", "_3") for name in ("b_scale", "bias", "out")]
+    given = {
+        **finish,
+        "a_scale": a_global_scale,
+        "b_scale": b_global_scale,
+        "out": out,
+        **dict.fromkeys(others),
+        "columns_2": 0,
+        "columns_3": 0,
+        "A_SCALES": False,
+        "B_SCALES": False,
+        "COLUMNS": block,
+    }
+    grid = (triton.cdiv(columns, block), rows)
+    return Launch(split_kernel, grid, given, returns=("out",), pdl=arch.has_pdl, before=(product,))

@@ -1,0 +1,187 @@
+"""block_scaled_mm: what it computes, what its kernel refuses, and the code of that for targets that are not here."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from fusionpass import Config
+from fusionpass.aot import compile_launch
+from fusionpass.arch import Arch
+from fusionpass.errors import ArgumentError, SchemeError
+from fusionpass.launch import Late, Launch
+from fusionpass.ops import block_scaled_mm, dequantize
+from fusionpass.session import Session
+from tests.blocks import KINDS, exact, product_of
+from tests.fake_gpu import codegen, needs_cuda_build
+
+H100 = Arch("sm_90")
+NVIDIA = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
+
+
+@pytest.mark.parametrize("out_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [0, 1, 7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_codes_stand_for_is_multiplied(kind: str, rows: int, out_dtype: str) -> None:
+    arguments = product_of(kind, max(rows, 1), 24, 256, out_dtype=out_dtype, bias=torch.randn(24))
+    if rows == 0:
+        arguments["a"] = arguments["a"][:0]
+        arguments["a_scale"] = arguments["a_scale"][:0]
+    got = block_scaled_mm(**arguments)
+    assert (got.shape, got.dtype, got.is_contiguous()) == ((rows, 24), getattr(torch, out_dtype), True)
+    if rows:
+        expected, slack = exact(arguments)
+        step = expected.abs() * torch.finfo(got.dtype).eps / 2
+        assert ((got.double() - expected).abs() <= slack * 1.01 + step).all()
+
+
+def test_a_last_group_that_is_not_whole() -> None:
+    arguments = product_of("fp8", 5, 20, 384, out_dtype="float32")
+    whole = {
+        name: dequantize(arguments[name], arguments[f"{name}_scale"], arguments[f"{name}_scheme"]) for name in "ab"
+    }
+    arguments |= {name: arguments[name][:, :300] for name in "ab"}
+    expected = whole["a"][:, :300] @ whole["b"][:, :300].t()
+    torch.testing.assert_close(block_scaled_mm(**arguments), expected)
+
+
+def test_compiled_whole() -> None:
+    arguments = product_of("mxfp8", 5, 24, 128)
+    compiled = torch.compile(lambda given: block_scaled_mm(**given) * 2, fullgraph=True)
+    torch.testing.assert_close(compiled(arguments), block_scaled_mm(**arguments) * 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"a_scheme": "fp8_token"}, "the schemes are fp8_token and fp8_block128"),
+        ({"a_scheme": "fp8_block128"}, "Both need groups of one length; a has no blocks"),
+        ({"b_scheme": "mxfp8"}, "the schemes are fp8_group128 and mxfp8"),
+        ({"b_scheme": "fp8_group128,scale_dtype=float8_e8m0fnu"}, "codes of one dtype, and scales of one"),
+        ({"a": torch.zeros(3, 128).to(torch.float8_e4m3fn)}, r"a is \(3, 128\), b \(24, 256\)"),
+        ({"a": torch.zeros(3, 256)}, "a is torch.float32.*fp8_group128 has torch.float8_e4m3fn"),
+        ({"a_scale": torch.ones(3, 1)}, r"a_scale is torch.float32, shape \(3, 1\).*has torch.float32 \[3, 2\]"),
+        ({"b_scale": torch.ones(24, 2)}, r"b_scale is torch.float32, shape \(24, 2\).*\[1, 2\]"),
+        ({"b_scale": torch.ones(1, 2).double()}, "b_scale is torch.float64"),
+        ({"a_global_scale": torch.ones(())}, r"a_global_scale is of shape \(\).*takes none"),
+        ({"bias": torch.zeros(3)}, r"bias is torch.float32, shape \(3,\)"),
+        ({"out_dtype": "bfloat61"}, "Did you mean 'bfloat16'?"),
+    ],
+)
+def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=f"(?s){message}"):
+        block_scaled_mm(**product_of("fp8", 3, 24, 256, **changes))
+
+
+def test_a_layout_that_is_not_the_schemes() -> None:
+    arguments = product_of("mxfp8", 3, 24, 256)
+    with pytest.raises(ArgumentError, match=r"a_scale is torch.uint8, shape \(3, 8\).*has torch.uint8 \[128, 8\]"):
+        block_scaled_mm(**{**arguments, "a_scheme": "mxfp8,layout=swizzled"})
+    with pytest.raises(ArgumentError, match=r"a_global_scale is missing.*nvfp4 takes one"):
+        block_scaled_mm(**product_of("nvfp4", 3, 24, 256, a_global_scale=None))
+    with pytest.raises(SchemeError, match=r"Did you mean 'mxfp8'\?"):
+        block_scaled_mm(**{**arguments, "a_scheme": "mxfp"})
+
+
+def plan(name: str, arguments: dict[str, Any]) -> tuple[Any, str]:
+    return block_scaled_mm.plan(Arch(name), arguments)
+
+
+def test_what_the_kernel_refuses() -> None:
+    arguments = product_of("fp8", 3, 24, 256)
+    assert plan("sm_80", arguments)[1] == "triton: sm_80 has no float8_e4m3fn"
+    assert plan("sm_80", product_of("nvfp4", 3, 24, 256))[1] == "triton: sm_80 has no float8_e4m3fn"
+    assert plan("gfx942", arguments)[1] == "triton: gfx942 has no float8_e4m3fn"
+    wide = torch.zeros(3, 512).to(torch.float8_e4m3fn)[:, ::2]
+    assert plan("sm_90", {**arguments, "a": wide})[1] == "triton: a has strides (512, 2), not contiguous rows"
+    other = arguments["b_scale"].to("meta")
+    assert plan("sm_90", {**arguments, "b_scale": other})[1] == "triton: b_scale is on meta, a on cpu"
+    empty = {name: arguments[name][:, :0] for name in ("a", "b", "a_scale", "b_scale")}
+    assert plan("sm_90", {**arguments, **empty})[1] == "triton: K is 0"
+
+
+def test_fnuz_codes_are_for_gfx942() -> None:
+    scheme = "fp8_group128,dtype=float8_e4m3fnuz"
+    arguments = product_of("fp8", 3, 24, 256)
+    codes = {name: arguments[name].float().div(2).to(torch.float8_e4m3fnuz) for name in "ab"}
+    arguments |= {**codes, "a_scheme": scheme, "b_scheme": "fp8_block128,dtype=float8_e4m3fnuz"}
+    assert isinstance(plan("gfx942", arguments)[0], Launch)
+    assert plan("sm_90", arguments)[1] == "triton: sm_90 has no float8_e4m3fnuz"
+
+
+def test_symbolic_sizes() -> None:
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment)
+    arguments = product_of("fp8", 6, 24, 256)
+
+    def fake(name: str, symbolic: bool) -> torch.Tensor:
+        dims = StatelessSymbolicContext([DimDynamic.DYNAMIC if symbolic else DimDynamic.STATIC, DimDynamic.STATIC])
+        made: torch.Tensor = mode.from_tensor(arguments[name].clone(), symbolic_context=dims)
+        return made
+
+    weight = {name: fake(name, False) for name in ("b", "b_scale")}
+    few = {name: fake(name, True) for name in ("a", "a_scale")}
+    assert isinstance(plan("sm_90", {**arguments, **weight, **few})[0], Late)
+    assert plan("sm_90", {**arguments, **few, "b": fake("b", True)})[1] == "triton: the size of the weight is symbolic"
+    assert not environment.guards
+
+
+def compiled(name: str, kind: str, rows: int, columns: int = 4096) -> str:
+    launch, why = plan(name, product_of(kind, rows, columns, 512))
+    assert launch is not None, why
+    made = [compile_launch(part, Arch(name)) for part in launch.all]
+    return made[0].get("ptx") or made[0]["amdgcn"]
+
+
+@pytest.mark.parametrize("rows", [1, 8, 512])
+@pytest.mark.parametrize("kind", ["fp8", "mxfp8_swizzled", "nvfp4"])
+@pytest.mark.parametrize("name", NVIDIA)
+def test_compiles_and_does_not_spill(name: str, kind: str, rows: int) -> None:
+    text = compiled(name, kind, rows, 4096 if rows < 512 else 512)
+    assert not re.search(r"(ld|st)\.local", text)
+    assert ("griddepcontrol.wait" in text) == (name != "sm_89")
+    if rows == 1:
+        assert "mma" not in text
+        assert re.search(r"ld\.global[\w.:]*\.v4\.b32", text)
+    elif name == "sm_90":
+        codes = {"fp8": "f32.e4m3.e4m3", "mxfp8_swizzled": "f32.bf16.bf16", "nvfp4": "f32.f16.f16"}[kind]
+        assert re.search(rf"wgmma\.mma_async\.sync\.aligned\.m64n{128 if rows > 64 else 16}k\d+\.{codes}", text)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "rows", "instruction"),
+    [
+        ("sm_100", "mxfp8", 512, r"tcgen05\.mma\.cta_group::1\.kind::mxf8f6f4\.block_scale"),
+        ("sm_100", "nvfp4", 512, r"tcgen05\.mma\.cta_group::1\.kind::mxf4nvf4\.block_scale"),
+        ("sm_100", "mxfp8", 8, r"tcgen05\.mma\.cta_group::1\.kind::f16"),
+        ("sm_120", "mxfp8", 8, r"mma\.sync\.aligned\.m16n8k32\.row\.col\.kind::mxf8f6f4\.block_scale"),
+        ("sm_120", "nvfp4", 512, r"mma\.sync\.aligned\.m16n8k64\.row\.col\.kind::mxf4nvf4\.block_scale"),
+        ("gfx950", "fp8", 512, "v_mfma_f32_32x32x64_f8f6f4"),
+        ("gfx950", "mxfp8", 8, "v_mfma_scale_f32_16x16x128_f8f6f4"),
+        ("gfx950", "nvfp4", 512, "v_mfma_f32_32x32x16_f16"),
+    ],
+)
+def test_the_matrix_units_own_scales(name: str, kind: str, rows: int, instruction: str) -> None:
+    assert re.search(instruction, compiled(name, kind, rows, 512))
+
+
+@needs_cuda_build
+@pytest.mark.parametrize(("rows", "kernels"), [(1, ["block"]), (8, ["block", "split"]), (65, ["block"])])
+@pytest.mark.parametrize("kind", ["fp8", "mxfp8", "nvfp4_swizzled"])
+def test_in_inductors_wrapper(kind: str, rows: int, kernels: list[str]) -> None:
+    arguments = product_of(kind, rows, 256, 1024)
+    tensors = {name: given for name, given in arguments.items() if isinstance(given, torch.Tensor)}
+
+    def make() -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(given, device="cuda") for given in tensors.values())
+
+    def function(*given: torch.Tensor) -> torch.Tensor:
+        return block_scaled_mm(**{**arguments, **dict(zip(tensors, given, strict=True))}).relu()
+
+    session = Session(Config(target=H100))
+    (source,) = codegen(function, make, "sm_90", session)
+    assert session.report.count("block_scaled_mm") == 1
+    assert re.findall(r"(\w+)_kernel_\d+\.run\(", source) == kernels
