@@ -20,6 +20,7 @@ KINDS = {
     "fp8": ("fp8_group128", "fp8_block128"),
     "fp8_columns": ("fp8_group128,layout=column_major", "fp8_group128"),
     "fp8_powers": ("fp8_group128,scale_dtype=float8_e8m0fnu", "fp8_group128,scale_dtype=float8_e8m0fnu"),
+    "int8": ("int8_group128", "int8_block128"),
     "mxfp8": ("mxfp8", "mxfp8"),
     "mxfp8_swizzled": ("mxfp8,layout=swizzled", "mxfp8,layout=swizzled"),
     "nvfp4": ("nvfp4", "nvfp4"),

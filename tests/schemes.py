@@ -28,6 +28,8 @@ OVERRIDES: dict[str, dict[str, tuple[str, ...]]] = {
     "mxfp8": {"layout": ("linear", "swizzled"), "scale_rounding": ("ceil", "log2_ceil", "floor")},
     "nvfp4": {"layout": ("linear", "swizzled"), "rounding": _COMPUTED["rounding"]},
     "int8_token": {**_COMPUTED, "divisor": ("", "127.5")},
+    "int8_group128": {**_COMPUTED, "layout": ("linear", "column_major")},
+    "int8_block128": {**_COMPUTED},
 }
 
 
@@ -92,7 +94,7 @@ def expected(
         given: the scale that it takes.
     """
     with np.errstate(all="ignore"):
-        dtype = {"nvfp4": "e2m1", "int8_token": "int8"}.get(name, choice.get("dtype", "float8_e4m3fn"))
+        dtype = "e2m1" if name == "nvfp4" else "int8" if "int8" in name else choice.get("dtype", "float8_e4m3fn")
         limit = 127.0 if dtype == "int8" else table(dtype)[-1]
         rounding = choice.get("scale_rounding", "none")
         divides = choice.get("rounding") == "divide"

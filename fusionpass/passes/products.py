@@ -7,13 +7,12 @@ from torch.fx import Graph, Node
 
 from ..graphs import CAST, VIEWS, aten, differs, erase_unused, inherit, source_line, value, where
 from ..infer import Inference
-from ..ops.gemm import OUTPUTS, scaled_mm
+from ..ops.gemm import NAMES, scaled_mm
 from ..ops.gemm.linear import linear_bf16_fp32
 from ..report.trace import Site
 
 DEVICES = ("cuda",)
 """Where the op may have a kernel; elsewhere a call is best left as it is."""
-_NAMES = {dtype: name for name, dtype in OUTPUTS.items()}
 _TENSOR_WISE, _ROW_WISE = 0, 1
 """Of torch.nn.functional.ScalingType: one scale, and one for each row or column."""
 
@@ -65,7 +64,7 @@ def _scaled_mm_v2(node: Node) -> dict[str, Any] | None:
 
 def _arguments(node: Node, given: dict[str, Any], a_scale: Any, b_scale: Any) -> dict[str, Any] | None:
     operands = {"a": given["self"], "b": given["mat2"], "a_scale": a_scale, "b_scale": b_scale}
-    name = _NAMES.get(node.meta["val"].dtype)
+    name = NAMES.get(node.meta["val"].dtype)
     if name is None or any(value(operand) is None for operand in operands.values()):
         return None
     fast = bool(given.get("use_fast_accum"))

@@ -27,10 +27,11 @@ class QuantizedLinear(Shard):
     |---|---|---|---|
     | fp8_static | e4m3fn, one given scale | one scale | `torch._scaled_mm` |
     | fp8_token | e4m3fn, a scale per token | a scale per output channel | `torch._scaled_mm` |
-    | fp8_group128 | e4m3fn, a scale per 128 | a scale per 128 × 128 | dequantised |
-    | mxfp8 | e4m3fn, a power of two per 32 | a power of two per 32 | dequantised |
-    | nvfp4 | e2m1, an e4m3fn scale per 16, relative to a given one | the same | dequantised |
+    | fp8_group128 | e4m3fn, a scale per 128 | a scale per 128 × 128 | `ops.block_scaled_mm` |
+    | mxfp8 | e4m3fn, a power of two per 32 | a power of two per 32 | `ops.block_scaled_mm` |
+    | nvfp4 | e2m1, an e4m3fn scale per 16, relative to a given one | the same | `ops.block_scaled_mm` |
     | int8_token | int8, a scale per token | a scale per output channel | `torch._int_mm` |
+    | int8_group128 | int8, a scale per 128 | a scale per 128 × 128 | `ops.block_scaled_mm` |
 
     These are the common ones. `LinearScheme.parse` says how others are written: a scale of the input that is computed
     from the whole of it ("fp8_tensor"), a weight quantised otherwise ("fp8_static/fp8_token"), another rounding. One
@@ -38,8 +39,9 @@ class QuantizedLinear(Shard):
 
     `x` is quantised by the plain PyTorch arithmetic of `fusionpass.ops.quantize`, so that a pass recognises it.
     `torch._scaled_mm` accumulates in fp32 and `torch._int_mm` exactly; both run on every CPU, emulated where the
-    hardware lacks them. "Dequantised" multiplies codes and scales out, rounds to `x`'s dtype and calls a matrix product
-    of that dtype: what the scheme means, at more than the cost of the unquantised linear.
+    hardware lacks them. `ops.block_scaled_mm` has a kernel on GPUs; elsewhere it multiplies codes and scales out, in
+    float32. So does a linear whose input and weight are in groups of different lengths, which then rounds both to `x`'s
+    dtype: what the schemes mean, at more than the cost of the unquantised linear.
 
     On a GPU, FP8 needs sm_89 or gfx942, and K and N are multiples of 16. There is no derivative: call the model under
     `torch.no_grad()`.
@@ -82,6 +84,8 @@ class QuantizedLinear(Shard):
         super().__init__()
         self.kind = linear_scheme(scheme, "QuantizedLinear")
         self.scheme = scheme = str(self.kind)
+        # Dynamo cannot make them.
+        self.operand_schemes = str(self.kind.input), str(self.kind.weight)
         kind = self.kind.weight
         if weight.dtype != kind.code_dtype or weight.ndim != 2 or not weight.is_contiguous():
             raise SchemeError(

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.nn.functional as F
 
+from ..ops.gemm import NAMES
 from ..ops.gemm.arithmetic import int8_scales, row_scales, single_scales
+from ..ops.gemm.blocks import block_scaled_mm, group_of
 from ..ops.quant import dequantize
 
 if TYPE_CHECKING:
@@ -40,6 +42,11 @@ def product(
         # One scale for each row and column, or one for the whole of both: there is no product of one and many.
         rows, columns = a_scale.expand(codes.shape[0], 1), weight_scale.t().expand(1, layer.out_features)
         return row_scales(*operands, rows.contiguous(), columns.contiguous(), layer.bias, dtype)
+    if group_of(kind.input) == group_of(kind.weight) and kind.input.scale_dtype == kind.weight.scale_dtype:
+        scaled, relative = (scales[0], weight_scale), (given, layer.weight_global_scale)
+        names = layer.operand_schemes
+        y: torch.Tensor = block_scaled_mm(codes, layer.weight, *scaled, *names, *relative, layer.bias, NAMES[dtype])
+        return y
     x = dequantize(codes, scales[0] if scales else cast(torch.Tensor, given), kind.input, given)
     weight = dequantize(layer.weight, weight_scale, kind.weight, layer.weight_global_scale)
     bias = None if layer.bias is None else layer.bias.to(dtype)

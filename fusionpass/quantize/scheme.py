@@ -60,7 +60,7 @@ class LinearScheme:
     def parse(text: str) -> "LinearScheme":
         """A scheme from `"INPUT"` or `"INPUT/WEIGHT"`, each as `Scheme.parse` takes it.
 
-        Without a weight's scheme it is the input's by name, "fp8_block128" for "fp8_group128". "fp8_tensor" and
+        Without a weight's scheme it is the input's by name, blocks of 128 × 128 for groups of 128. "fp8_tensor" and
         "nvfp4_tensor" are "fp8_static" and "nvfp4" whose input's scale is computed from the whole of it; they have the
         override `amax_dtype=input`.
 
@@ -86,7 +86,7 @@ class LinearScheme:
 
 WHOLE = {"fp8_tensor": "fp8_static", "nvfp4_tensor": "nvfp4"}
 """Schemes of a linear whose input's scale is computed from the whole of it: how the input is quantised then."""
-_WEIGHTS = {"fp8_group128": "fp8_block128"}
+_WEIGHTS = {"fp8_group128": "fp8_block128", "int8_group128": "int8_block128"}
 """By the name of an input's scheme, the weight's where it is another."""
 _INPUTS = {weight: given for given, weight in _WEIGHTS.items()}
 _LEAST = 1e-12
@@ -107,7 +107,7 @@ def linear_scheme(scheme: str | LinearScheme, where: str) -> LinearScheme:
     """
     if isinstance(scheme, LinearScheme):
         return scheme
-    known = [*SCHEMES, *WHOLE]
+    known = [*SCHEMES, *WHOLE, "int8_group128"]
     if str(scheme).partition("/")[0].partition(",")[0] not in known:
         raise SchemeError(f"there is no scheme {scheme!r}", where, nearest(str(scheme), known))
     return LinearScheme.parse(scheme)

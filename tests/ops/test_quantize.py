@@ -55,7 +55,7 @@ def by_group(kind, x):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [name for name in SCHEMES if name != "fp8_block128"])
+@pytest.mark.parametrize("name", [name for name in SCHEMES if "block128" not in name])
 def test_codes_and_scales_are_the_definitions(name, dtype):
     x = rows_of(dtype)
     given = given_scale(name)
@@ -72,18 +72,19 @@ def test_codes_and_scales_are_the_definitions(name, dtype):
         assert len(results) == len(quantized_outputs({"scheme": text}))
 
 
+@pytest.mark.parametrize("number", ["fp8", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_blocks_of_a_matrix(dtype):
+def test_blocks_of_a_matrix(dtype, number):
     x = torch.cat([rows_of(dtype, (200, 300)), rows_of(dtype, (100, 300), seed=1)])[:300]
-    for choice in combinations("fp8_block128"):
-        text = written("fp8_block128", choice)
+    for choice in combinations(f"{number}_block128"):
+        text = written(f"{number}_block128", choice)
         q, scale = quantize.reference(x, None, text)
         assert scale.shape == (3, 3)
         for i in range(3):
             for j in range(3):
                 block = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
                 flat = x[block].float().reshape(1, -1).numpy()
-                codes, step, _ = expected(flat, str(dtype).removeprefix("torch."), "fp8_token", choice, None)
+                codes, step, _ = expected(flat, str(dtype).removeprefix("torch."), f"{number}_token", choice, None)
                 np.testing.assert_array_equal(q[block].double().numpy().reshape(codes.shape), codes, err_msg=text)
                 np.testing.assert_array_equal(scale[i, j].double().numpy(), step[0, 0], err_msg=text)
         spread = torch.kron(scale, torch.ones(128, 128))[:300, :300]

@@ -9,7 +9,7 @@ from ...op import Tolerance, op
 from ..rows import known, triton_backend
 from .arithmetic import int8_scales, row_scales, single_scales
 
-__all__ = ["CODES", "OUTPUTS", "SUMMED", "is_single", "scaled_mm"]
+__all__ = ["CODES", "NAMES", "OUTPUTS", "SUMMED", "is_single", "scaled_mm"]
 
 SUMMED = Tolerance(ulp=1, fraction=0.05, floor=2**-12)
 """Of sums in another order that are rounded once. Hopper's FP8 units, which the reference uses there, keep 14 bits of
@@ -17,6 +17,9 @@ what they add: off by 2**-14 of the largest at each of a few steps, which moves 
 
 OUTPUTS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """The dtypes of results by name."""
+
+NAMES = {dtype: name for name, dtype in OUTPUTS.items()}
+"""The names of those dtypes."""
 
 CODES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.int8)
 """The dtypes of operands."""

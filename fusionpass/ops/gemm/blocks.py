@@ -15,7 +15,8 @@ from . import OUTPUTS, SUMMED
 
 
 def _sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
-    x, w = (torch.randn(rows, width, generator=generator, device=device) for rows in (tokens, max(8, width // 2)))
+    k = -(-width // 128) * 128
+    x, w = (torch.randn(rows, k, generator=generator, device=device) for rows in (tokens, max(8, width // 2)))
     a, a_scale = quantize.reference(x, None, "fp8_group128")
     b, b_scale = quantize.reference(w, None, "fp8_block128")
     name = str(dtype).removeprefix("torch.")

@@ -172,6 +172,7 @@ def block_kernel(
                 else:
                     y = tl.dot(_values(w, ws, GROUP, WIDE), tl.trans(_values(x, xs, GROUP, WIDE)), y)
             else:
+                tl.static_assert(GROUP % DEPTH == 0)
                 g = start // GROUP
                 xs = _scale_at(a_scale, row, g, a_scale_row, a_scale_group, A_SWIZZLED)
                 xs = _decoded(tl.load(xs, read, other=0.0))

@@ -51,7 +51,7 @@ def quantize(x: torch.Tensor, scale: torch.Tensor | None = None, scheme: str = "
     """Quantise `x` to codes, with a scale that is given or computed.
 
     Args:
-        x: [..., width], floating point; [N, K] for "fp8_block128".
+        x: [..., width], floating point; [N, K] for "fp8_block128" and "int8_block128".
         scale: one float element of any shape, where the scheme takes one: what a code of 1.0 stands for
             ("fp8_static"), or what the block scales are relative to ("nvfp4"). Not checked for sign or finiteness here,
             which would read it back from the device.
@@ -91,7 +91,7 @@ def check_quantizable(x: torch.Tensor, scale: torch.Tensor | None, kind: Scheme)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ArgumentError(f"x has shape {tuple(x.shape)}, and nothing to take a maximum of", "quantize")
     if kind.granularity == "block128" and x.dim() != 2:
-        raise ArgumentError(f"x has {x.dim()} dimensions", "quantize", "'fp8_block128' takes a matrix")
+        raise ArgumentError(f"x has {x.dim()} dimensions", "quantize", f"'{kind}' takes a matrix")
     if kind.group is not None and x.shape[-1] % kind.group:
         raise ArgumentError(
             f"the width {x.shape[-1]} is not a multiple of {kind.group}",

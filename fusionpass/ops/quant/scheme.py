@@ -145,6 +145,8 @@ SCHEMES = {
     "mxfp8": Scheme(torch.float8_e4m3fn, "group32", torch.float8_e8m0fnu, amax_dtype="float32", scale_rounding="ceil"),
     "nvfp4": Scheme(torch.float4_e2m1fn_x2, "group16", torch.float8_e4m3fn, amax_dtype="float32", eps=2.0**-6),
     "int8_token": Scheme(torch.int8, "token", amax_dtype="float32", eps=1e-12),
+    "int8_group128": Scheme(torch.int8, "group128", amax_dtype="float32", eps=1e-12),
+    "int8_block128": Scheme(torch.int8, "block128", amax_dtype="float32", eps=1e-12),
 }
 """The named schemes. What becomes of special values, where nothing overrides it:
 
@@ -152,7 +154,7 @@ SCHEMES = {
 |---|---|---|---|
 | fp8_static | zeros | largest code | NaN code |
 | fp8_token, _group128, _block128 | zeros; scale eps | NaN code, zeros beside it; scale inf | NaN codes and scale |
-| int8_token | zeros; scale eps | zeros; scale inf | zeros; scale NaN |
+| int8_token, _group128, _block128 | zeros; scale eps | zeros; scale inf | zeros; scale NaN |
 | mxfp8 | zeros; exponent byte 0 | largest code; byte 254 (2**127) | NaN codes; byte 255 (NaN) |
 | nvfp4 | zeros; scale 2**-6 | largest code; scale 448 | codes 6.0, scale NaN |
 
@@ -218,6 +220,8 @@ _OVERRIDES: dict[str, dict[str, _Choices]] = {
     "mxfp8": {"layout": _named("linear", "swizzled"), "scale_rounding": _named("ceil", "log2_ceil", "floor")},
     "nvfp4": {"layout": _named("linear", "swizzled"), "rounding": _FP8["rounding"]},
     "int8_token": _COMPUTED | {"divisor": _named(127.5)},
+    "int8_group128": _COMPUTED | {"layout": _named("linear", "column_major")},
+    "int8_block128": _COMPUTED,
 }
 
 
