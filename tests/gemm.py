@@ -11,8 +11,8 @@ from fusionpass.arch import Arch
 from fusionpass.launch import Launch
 from fusionpass.ops import scaled_mm, scaled_mms
 from fusionpass.ops.gemm import OUTPUTS
+from fusionpass.ops.gemm.dispatch import SINGLE
 from fusionpass.ops.gemm.several import WEIGHTS
-from fusionpass.ops.gemm.stream import SINGLE
 from tests.kernels import poisoned
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8

@@ -28,7 +28,7 @@ OVERRIDES: dict[str, dict[str, tuple[str, ...]]] = {
     "mxfp8": {"layout": ("linear", "swizzled"), "scale_rounding": ("ceil", "log2_ceil", "floor")},
     "nvfp4": {"layout": ("linear", "swizzled"), "rounding": _COMPUTED["rounding"]},
     "int8_token": {**_COMPUTED, "divisor": ("", "127.5")},
-    "int8_group128": {**_COMPUTED, "layout": ("linear", "column_major")},
+    "int8_group128": {**_COMPUTED, "layout": ("linear", "column_major"), "divisor": ("", "127.5")},
     "int8_block128": {**_COMPUTED},
 }
 

@@ -9,10 +9,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..errors import ConfigError
 from ..report.advice import advise
 from ..report.layers import layer_of, layers
 from ..report.sites import KINDS, Site, fold, sites
 from ..report.trace import Report
+from . import gemm
 from .options import Commands, add_model, program
 
 _STYLES = {"missed": "red", "refused": "yellow", "fused": "green"}
@@ -21,7 +23,8 @@ _STYLES = {"missed": "red", "refused": "yellow", "fused": "green"}
 def add(commands: Commands) -> None:
     """Add the command and its options."""
     parser = commands.add_parser("explain", help="what would fuse in a model, what not, why, and what to change")
-    add_model(parser)
+    add_model(parser, optional=True)
+    gemm.add(parser)
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the report as a page")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report as JSON")
     parser.add_argument("--all", action="store_true", help="a table for each layer, also for those that are alike")
@@ -29,7 +32,11 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trace the model and print the tables."""
+    """Trace the model and print the tables; or those of the products."""
+    if args.gemm:
+        return gemm.run(args)
+    if args.model is None:
+        raise ConfigError("there is no model", "explain", "Name one, or ask for the products with --gemm")
     found, config = program(args)
     report = found.explain(config)
     # Into a file or a pipe, lines need not be as short as those of an old terminal.

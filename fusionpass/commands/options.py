@@ -20,11 +20,12 @@ def count(text: str) -> int:
     return value
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add what says which model, and how it is traced."""
+def add_model(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    """Add what says which model, if any, and how it is traced."""
     parser.add_argument(
         "model",
         metavar="MODEL",
+        nargs="?" if optional else None,
         help="a folder with a Hugging Face config.json, a saved torch.export program (.pt2), or module:factory, where "
         "factory() returns a model, or (model, args) or (model, args, kwargs)",
     )

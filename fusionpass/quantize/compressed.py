@@ -18,6 +18,7 @@ _INPUTS = {
     "float8 group32 dynamic": "mxfp8",
     "float4 tensor_group16 local": "nvfp4,rounding=divide",
     "int8 token dynamic": "int8_token,amax_dtype=input,rounding=divide,divisor=127.5",
+    "int8 group128 dynamic": "int8_group128,amax_dtype=input,rounding=divide,divisor=127.5",
 }
 """What is made of an input, by `_kind`: compressed-tensors divides, in the dtype of the input."""
 _WEIGHTS = {
@@ -28,6 +29,7 @@ _WEIGHTS = {
     "float4 tensor_group16 static": "nvfp4",
     "int8 tensor static": "int8_token",
     "int8 channel static": "int8_token",
+    "int8 block128x128 static": "int8_block128",
 }
 _E4M3 = "torch.float8_e4m3fn"
 _NUMBERS: dict[str, dict[str, Any]] = {
@@ -42,6 +44,7 @@ FORMATS = {
     "mxfp8": "mxfp8-quantized",
     "nvfp4": "nvfp4-pack-quantized",
     "int8_token": "int-quantized",
+    "int8_block128": "int-quantized",
 }
 """How the tensors are stored, by the name of the weight's scheme."""
 

@@ -20,6 +20,7 @@ SCHEMES = {
     "quant.mxfp8_floor": "mxfp8,scale_rounding=floor",
     "quant.nvfp4": "nvfp4",
     "quant.int8_token": "int8_token",
+    "quant.int8_group128": "int8_group128",
     # What `lower_linears_` makes of other libraries' linears.
     "quant.fp8_token_divide": "fp8_token,rounding=divide",
     "quant.fp8_token_one": "fp8_token,eps=0.0,rounding=divide,zero=one",
@@ -31,6 +32,7 @@ SCHEMES = {
     "quant.nvfp4_divide": "nvfp4,rounding=divide",
     "quant.int8_token_narrow": "int8_token,amax_dtype=input,eps=1.1920928955078125e-07,divisor=127.5",
     "quant.int8_token_narrow_divide": "int8_token,amax_dtype=input,rounding=divide,divisor=127.5",
+    "quant.int8_group128_narrow_divide": "int8_group128,amax_dtype=input,rounding=divide,divisor=127.5",
 }
 """Schemes as this package computes them, by the name of the spelling."""
 

@@ -14,7 +14,8 @@ from fusionpass.ops import linear_bf16_fp32, quantize, scaled_mm
 from fusionpass.testing import difference
 
 pytest.importorskip("triton")
-from fusionpass.ops.gemm.stream import ROWS, Cut
+from fusionpass.ops.gemm.dispatch import FEW
+from fusionpass.ops.gemm.stream import Cut
 from tests.gemm import (
     FP8,
     INT8,
@@ -116,8 +117,8 @@ def test_chain_under_dependent_launch() -> None:
 
 
 def test_more_rows_go_to_cublas() -> None:
-    assert scaled_mm.plan(Arch.of(DEVICE), made(ROWS + 1, 64, 64))[0] is None
-    given = made(ROWS + 1, 4096, 4096)
+    assert scaled_mm.plan(Arch.of(DEVICE), made(FEW + 1, 64, 64))[0] is None
+    given = made(FEW + 1, 4096, 4096)
     assert torch.equal(scaled_mm(**given), scaled_mm.reference(**given))
 
 

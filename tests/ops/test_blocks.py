@@ -117,15 +117,17 @@ def test_symbolic_sizes() -> None:
     mode = FakeTensorMode(shape_env=environment)
     arguments = product_of("fp8", 6, 24, 256)
 
-    def fake(name: str, symbolic: bool) -> torch.Tensor:
-        dims = StatelessSymbolicContext([DimDynamic.DYNAMIC if symbolic else DimDynamic.STATIC, DimDynamic.STATIC])
-        made: torch.Tensor = mode.from_tensor(arguments[name].clone(), symbolic_context=dims)
+    def fake(name: str, *symbolic: int) -> torch.Tensor:
+        dims = [DimDynamic.DYNAMIC if d in symbolic else DimDynamic.STATIC for d in range(2)]
+        given, context = arguments[name].clone(), StatelessSymbolicContext(dims)
+        made: torch.Tensor = mode.from_tensor(given, symbolic_context=context)
         return made
 
-    weight = {name: fake(name, False) for name in ("b", "b_scale")}
-    few = {name: fake(name, True) for name in ("a", "a_scale")}
+    weight = {name: fake(name) for name in ("b", "b_scale")}
+    few = {name: fake(name, 0) for name in ("a", "a_scale")}
     assert isinstance(plan("sm_90", {**arguments, **weight, **few})[0], Late)
-    assert plan("sm_90", {**arguments, **few, "b": fake("b", True)})[1] == "triton: the size of the weight is symbolic"
+    for dim in (0, 1):
+        assert plan("sm_90", {**arguments, "b": fake("b", dim)})[1] == "triton: the size of the weight is symbolic"
     assert not environment.guards
 
 

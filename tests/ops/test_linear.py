@@ -12,7 +12,7 @@ from fusionpass.arch import Arch
 from fusionpass.errors import ArgumentError
 from fusionpass.launch import Late, Launch
 from fusionpass.ops import linear_bf16_fp32
-from fusionpass.ops.gemm.linear import ALGORITHMS, Request, choose
+from fusionpass.ops.gemm.dispatch import KINDS, Request, choose
 from fusionpass.session import Session
 from tests.fake_gpu import codegen, needs_cuda_build
 
@@ -30,6 +30,8 @@ TARGETS = (
     "cpu",
     "sm_75",
 )
+KIND = "bf16_fp32"
+ALGORITHMS = KINDS[KIND]
 ROUTERS = [(768, 6144), (384, 3072), (256, 7168)]
 
 
@@ -86,7 +88,7 @@ def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("shape", ROUTERS, ids=str)
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_choice_by_target(name: str, shape: tuple[int, int]) -> None:
-    few, many = (choose(Arch(name), Request(rows, *shape)) for rows in (64, 65))
+    few, many = (choose(Arch(name), Request(KIND, rows, *shape)) for rows in (64, 65))
     gpu, nvidia = name not in ("cpu", "sm_75"), name.startswith("sm_") and name != "sm_75"
     assert few.algorithm == ("triton" if gpu else "upcast")
     assert many.algorithm == ("cublas" if nvidia else "upcast")
@@ -94,17 +96,20 @@ def test_the_choice_by_target(name: str, shape: tuple[int, int]) -> None:
         assert many.rejected["triton"] == "65 rows are bound by their products (at most 64)"
     reasons = {
         "cpu": {"triton": "the cpu has no Triton kernels", "cublas": "cuBLAS is for NVIDIA GPUs, not cpu"},
-        "sm_75": dict.fromkeys(("triton", "cublas"), "bfloat16 needs sm_80 or newer, not sm_75"),
+        "sm_75": {
+            "triton": "Triton's kernels need sm_80 or newer, not sm_75",
+            "cublas": "bfloat16 needs sm_80 or newer, not sm_75",
+        },
     }
     if not gpu:
         assert few.rejected == reasons[name]
     for algo in ALGORITHMS:
-        reason = ALGORITHMS[algo](Arch(name), Request(64, *shape))
+        reason = ALGORITHMS[algo](Arch(name), Request(KIND, 64, *shape))
         if reason is None:
-            assert choose(Arch(name), Request(64, *shape), algo).algorithm == algo
+            assert choose(Arch(name), Request(KIND, 64, *shape), algo).algorithm == algo
         else:
             with pytest.raises(ArgumentError, match=f"{algo} cannot: "):
-                choose(Arch(name), Request(64, *shape), algo)
+                choose(Arch(name), Request(KIND, 64, *shape), algo)
 
 
 def test_what_each_algorithm_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,17 +120,17 @@ def test_what_each_algorithm_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
     there = {"triton"}
     monkeypatch.setattr(importlib.util, "find_spec", found)
-    assert ALGORITHMS["deep_gemm"](h100, Request(8, 256, 7168)) == "the package deep_gemm is not installed"
+    assert ALGORITHMS["deep_gemm"](h100, Request(KIND, 8, 256, 7168)) == "the package deep_gemm is not installed"
     there.add("deep_gemm")
-    assert ALGORITHMS["deep_gemm"](h100, Request(8, 256, 7168)) is None
-    assert ALGORITHMS["deep_gemm"](h100, Request(8, 250, 7168)) == "N is 250 and K 7168, not multiples of 8"
-    assert ALGORITHMS["deep_gemm"](h100, Request(8, 256, 7172)) == "N is 256 and K 7172, not multiples of 8"
-    assert ALGORITHMS["deep_gemm"](Arch("sm_120"), Request(8, 256, 7168)) is not None
-    assert ALGORITHMS["triton"](h100, Request(8, 256, 100)) == "K is 100, not a multiple of 8"
+    assert ALGORITHMS["deep_gemm"](h100, Request(KIND, 8, 256, 7168)) is None
+    assert ALGORITHMS["deep_gemm"](h100, Request(KIND, 8, 250, 7168)) == "N is 250 and K 7168, not multiples of 8 and 8"
+    assert ALGORITHMS["deep_gemm"](h100, Request(KIND, 8, 256, 7172)) == "N is 256 and K 7172, not multiples of 8 and 8"
+    assert ALGORITHMS["deep_gemm"](Arch("sm_120"), Request(KIND, 8, 256, 7168)) is not None
+    assert ALGORITHMS["triton"](h100, Request(KIND, 8, 256, 100)) == "K is 100, not a multiple of 8"
     there.remove("triton")
-    assert ALGORITHMS["triton"](h100, Request(8, 256, 7168)) == "triton is not installed here"
-    assert choose(h100, Request(8, 256, 7168)).algorithm == "cublas"
-    assert choose(h100, Request(None, 256, 7168)).rejected == {"triton": "triton is not installed here"}
+    assert ALGORITHMS["triton"](h100, Request(KIND, 8, 256, 7168)) == "triton is not installed here"
+    assert choose(h100, Request(KIND, 8, 256, 7168)).algorithm == "cublas"
+    assert choose(h100, Request(KIND, None, 256, 7168)).rejected == {"triton": "triton is not installed here"}
 
 
 def planned(name: str = "sm_90", **changes: Any) -> tuple[Any, str]:

@@ -21,7 +21,14 @@ from fusionpass.quantize.scheme import LinearScheme
 from tests.quantize.sources import SOURCES
 
 pytest.importorskip("safetensors")
-SAVED = [*SCHEMES, "fp8_tensor", "fp8_static/fp8_token", "fp8_token/fp8_static", "mxfp8,scale_rounding=floor"]
+SAVED = [
+    *SCHEMES,
+    "int8_group128",
+    "fp8_tensor",
+    "fp8_static/fp8_token",
+    "fp8_token/fp8_static",
+    "mxfp8,scale_rounding=floor",
+]
 
 
 class Layer(nn.Module):

@@ -14,10 +14,8 @@ from ..rows import known, static
 from . import OUTPUTS
 from .blocks import group_of
 from .blocks_kernel import block_kernel
+from .dispatch import FEW, Request, why_not
 from .kernel import split_kernel
-
-FEW = 64
-"""Rows that are bound by reading the weights; more are bound by their products."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,15 @@ def native(arch: Arch, kind: Scheme, cut: Cut) -> bool:
     return arch.capability in (120, 121) or (arch.name == "gfx950" and not kind.packed)
 
 
+def kind_of(kind: Scheme) -> str:
+    """What is multiplied, as `dispatch` has it."""
+    if kind.packed:
+        return "nvfp4"
+    if group_of(kind) == 32:
+        return "mxfp8"
+    return "int8_block128" if kind.dtype == torch.int8 else "fp8_block128"
+
+
 def _refuse(arch: Arch, kind: Scheme, tensors: dict[str, torch.Tensor | None], k: Any) -> str | None:
     """Why the kernel cannot multiply these."""
     a = tensors["a"]
@@ -82,14 +89,16 @@ def _refuse(arch: Arch, kind: Scheme, tensors: dict[str, torch.Tensor | None], k
     for name, t in tensors.items():
         if t is not None and t.device != a.device:
             return f"{name} is on {t.device}, a on {a.device}"
-    if torch.float8_e4m3fn in (a.dtype, kind.scale_dtype) and not arch.has_fp8_e4m3fn:
-        return f"{arch.name} has no float8_e4m3fn"
+    if a.dtype == torch.float8_e4m3fn and arch.name == "gfx942":
+        return "gfx942 has no float8_e4m3fn"
     if a.dtype == torch.float8_e4m3fnuz and arch.name != "gfx942":
         return f"{arch.name} has no float8_e4m3fnuz"
     if not isinstance(k, int) or not isinstance(tensors["b"].shape[0], int):  # type: ignore[union-attr]
         return "the size of the weight is symbolic"
-    if k == 0:
-        return "K is 0"
+    codes = k * (2 if kind.packed else 1)
+    request = Request(kind_of(kind), static(a.shape[0]), tensors["b"].shape[0], codes)  # type: ignore[union-attr]
+    if reason := why_not(arch, request, "triton"):
+        return reason
     for name in ("a", "b", "bias"):
         t = tensors[name]
         if t is not None and not known(t.stride(-1) == 1):

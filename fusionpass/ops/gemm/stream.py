@@ -10,13 +10,8 @@ from ...arch import Arch
 from ...launch import Empty, Late, Launch
 from ..rows import known, static
 from . import OUTPUTS, is_single
+from .dispatch import Request, why_not
 from .kernel import split_kernel, stream_kernel
-from .linear import ROWS
-
-SINGLE = 32
-"""Rows at most where each matrix has one scale: with those cuBLAS was as fast at 64 rows on an H100; for scales of rows
-it takes large tiles whatever their number, and `ROWS` are the most."""
-
 
 SUMMED = 128
 """FP8 products that Hopper's matrix units sum, in 14 bits, before the sum is added in float32."""
@@ -74,16 +69,16 @@ def _refuse(
     for name, t in {"b": b, **scales, "bias": bias}.items():
         if t is not None and t.device != a.device:
             return f"{name} is on {t.device}, a on {a.device}"
-    if a.dtype == torch.float8_e4m3fn and not arch.has_fp8_e4m3fn:
-        return f"{arch.name} has no float8_e4m3fn"
+    if a.dtype == torch.float8_e4m3fn and arch.name == "gfx942":
+        return "gfx942 has no float8_e4m3fn"
     if a.dtype == torch.float8_e4m3fnuz and arch.name != "gfx942":
         return f"{arch.name} has no float8_e4m3fnuz"
     k: Any = b.shape[0]
     if not isinstance(k, int) or not isinstance(b.shape[1], int):
         return "the size of the weight is symbolic"
     unit = 16 // a.element_size()
-    if k == 0 or k % unit:
-        return f"K is {k}, not a multiple of {unit}"
+    if reason := why_not(arch, Request(_kind(a, a_scale, b_scale), static(a.shape[0]), b.shape[1], k), "triton"):
+        return reason
     if not known(a.stride(1) == 1) or not known(a.stride(0) % unit == 0):
         return f"a has strides {tuple(a.stride())}, not rows of 16 bytes each"
     if not known(b.stride(0) == 1) or not known(b.stride(1) % unit == 0):
@@ -94,6 +89,15 @@ def _refuse(
     if bias is not None and not known(bias.stride(0) == 1):
         return f"bias has stride {bias.stride(0)}"
     return None
+
+
+def _kind(a: torch.Tensor, a_scale: torch.Tensor | None, b_scale: torch.Tensor | None) -> str:
+    """What is multiplied, as `dispatch` has it."""
+    if a_scale is None or b_scale is None:
+        return "bf16_fp32"
+    if a.dtype == torch.int8:
+        return "int8_row"
+    return "fp8_tensor" if is_single(a_scale) and is_single(b_scale) else "fp8_row"
 
 
 class Weight(NamedTuple):
@@ -167,12 +171,8 @@ def _plan(
             return reason
     rows, k = static(a.shape[0]), weights[0].b.shape[0]
     a_scales, b_scales = (scale is not None and not is_single(scale) for scale in (a_scale, weights[0].scale))
-    single = a_scale is not None and not a_scales and not b_scales and a.dtype != torch.int8
-    most = SINGLE if single else ROWS
     if rows is None:
-        return Late(f"up to {most} rows have a kernel, more go to cuBLAS")
-    if rows > most:
-        return f"{rows} rows are bound by their products (at most {most})"
+        return Late("few rows have a kernel, more go to cuBLAS")
     columns = [weight.b.shape[1] for weight in weights]
     cut = configure(arch, rows, sum(columns), k)
     depth = cut.depth // a.element_size()  # as many bytes

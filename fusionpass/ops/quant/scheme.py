@@ -220,7 +220,7 @@ _OVERRIDES: dict[str, dict[str, _Choices]] = {
     "mxfp8": {"layout": _named("linear", "swizzled"), "scale_rounding": _named("ceil", "log2_ceil", "floor")},
     "nvfp4": {"layout": _named("linear", "swizzled"), "rounding": _FP8["rounding"]},
     "int8_token": _COMPUTED | {"divisor": _named(127.5)},
-    "int8_group128": _COMPUTED | {"layout": _named("linear", "column_major")},
+    "int8_group128": _COMPUTED | {"layout": _named("linear", "column_major"), "divisor": _named(127.5)},
     "int8_block128": _COMPUTED,
 }
 

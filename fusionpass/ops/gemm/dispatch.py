@@ -1,0 +1,209 @@
+"""What may compute a product on a target, and why the rest may not: pure functions, which ask no device."""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ...arch import Arch
+from ...errors import ArgumentError, nearest
+from ...op import Refusal
+
+FEW = 64
+"""Rows that are bound by reading the weights; more are bound by their products."""
+
+SINGLE = 32
+"""FEW where each matrix has one scale: with those cuBLAS was as fast at 64 rows on an H100; for scales of rows it takes
+large tiles whatever their number."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A product `x @ w.T`.
+
+    Args:
+        kind: what of, a key of `KINDS`.
+        rows: of `x`; None where the number is symbolic.
+        columns: of the result.
+        k: codes, or elements, of a row of either.
+        out_dtype: of the result, by name.
+    """
+
+    kind: str
+    rows: int | None
+    columns: int
+    k: int
+    out_dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What computes a product.
+
+    Args:
+        algorithm: a name in the kind's table.
+        rejected: those before it in the order of preference, with reasons.
+    """
+
+    algorithm: str
+    rejected: Mapping[str, str]
+
+
+Gate = Callable[[Arch, Request], Refusal]
+"""Why an algorithm cannot compute a product on a target, or None."""
+
+
+def _triton(arch: Arch, least: int = 89) -> Refusal:
+    if arch.is_cpu:
+        return "the cpu has no Triton kernels"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed here"
+    if arch.is_cuda and arch.capability < 80:
+        return f"Triton's kernels need sm_80 or newer, not {arch.name}"
+    if arch.is_cuda and arch.capability < least:
+        return f"{arch.name} has no float8_e4m3fn"
+    return None
+
+
+def _streamed(rows: int, unit: int, least: int) -> Gate:
+    """The kernel of few rows, whose rows of K have to be a multiple of 16 bytes."""
+
+    def gate(arch: Arch, request: Request) -> Refusal:
+        if reason := _triton(arch, least):
+            return reason
+        if request.k == 0 or request.k % unit:
+            return f"K is {request.k}, not a multiple of {unit}"
+        if request.rows is not None and request.rows > rows:
+            return f"{request.rows} rows are bound by their products (at most {rows})"
+        return None
+
+    return gate
+
+
+def _blocks(least: int, e4m3fn: bool = True) -> Gate:
+    """The kernel of scales along K: any number of rows. In blocks gfx942 has its own FP8, e4m3fnuz."""
+
+    def gate(arch: Arch, request: Request) -> Refusal:
+        if reason := _triton(arch, least):
+            return reason
+        if request.k == 0:
+            return "K is 0"
+        return "gfx942 has no float8_e4m3fn" if e4m3fn and arch.name == "gfx942" else None
+
+    return gate
+
+
+def _cublas(least: int, what: str) -> Gate:
+    def gate(arch: Arch, request: Request) -> Refusal:
+        if not arch.is_cuda:
+            return f"cuBLAS is for NVIDIA GPUs, not {arch.name}"
+        return None if arch.capability >= least else f"{what} needs sm_{least} or newer, not {arch.name}"
+
+    return gate
+
+
+def _always(arch: Arch, request: Request) -> Refusal:
+    return None
+
+
+def _deep_gemm(columns: int, k: int) -> Gate:
+    def gate(arch: Arch, request: Request) -> Refusal:
+        if arch.name not in ("sm_90", "sm_100"):
+            return f"DeepGEMM is for sm_90 and sm_100, not {arch.name}"
+        if request.columns % columns or request.k % k:
+            return f"N is {request.columns} and K {request.k}, not multiples of {columns} and {k}"
+        if request.kind != "bf16_fp32" and request.out_dtype != "bfloat16":
+            return f"DeepGEMM writes bfloat16, not {request.out_dtype}"
+        return None if importlib.util.find_spec("deep_gemm") is not None else "the package deep_gemm is not installed"
+
+    return gate
+
+
+def _flashinfer(targets: tuple[str, ...], k: int = 1, bfloat16: bool = False) -> Gate:
+    def gate(arch: Arch, request: Request) -> Refusal:
+        if arch.name not in targets:
+            return f"it is for {', '.join(targets)}, not {arch.name}"
+        if request.columns < 128 or request.k < 128:
+            return f"N is {request.columns} and K {request.k}, not 128 or more"
+        if request.k % k:
+            return f"K is {request.k}, not a multiple of {k}"
+        if arch.capability in (120, 121) and (request.columns % 32 or request.k % 32):
+            return f"N is {request.columns} and K {request.k}, not multiples of 32"
+        if bfloat16 and request.out_dtype != "bfloat16":
+            return f"it writes bfloat16, not {request.out_dtype}"
+        return None if importlib.util.find_spec("flashinfer") is not None else "the package flashinfer is not installed"
+
+    return gate
+
+
+_BLACKWELL = ("sm_100", "sm_103", "sm_107")
+_ALL_BLACKWELL = (*_BLACKWELL, "sm_110", "sm_120", "sm_121")
+_FLASHINFER: dict[str, Gate] = {
+    "flashinfer_trtllm": _flashinfer(_BLACKWELL, k=256, bfloat16=True),
+    "flashinfer_cutlass": _flashinfer(_ALL_BLACKWELL),
+    "flashinfer_cute_dsl": _flashinfer(_BLACKWELL),
+}
+"""By the limits that FlashInfer states for MXFP8 and NVFP4."""
+_FP8 = {"cublas": _cublas(89, "FP8"), "reference": _always}
+
+KINDS: dict[str, dict[str, Gate]] = {
+    "bf16_fp32": {
+        "triton": _streamed(FEW, 8, 80),
+        "cublas": _cublas(80, "bfloat16"),
+        "upcast": _always,
+        "deep_gemm": _deep_gemm(8, 8),
+    },
+    "fp8_tensor": {"triton": _streamed(SINGLE, 16, 89), **_FP8},
+    "fp8_row": {"triton": _streamed(FEW, 16, 89), **_FP8},
+    "int8_row": {"triton": _streamed(FEW, 16, 80), "cublas": _cublas(80, "INT8"), "reference": _always},
+    "fp8_block128": {
+        "triton": _blocks(89, e4m3fn=False),
+        "dequantize": _always,
+        "deep_gemm": _deep_gemm(64, 128),
+        "cublas": _cublas(90, "FP8 in blocks"),
+    },
+    "int8_block128": {"triton": _blocks(80, e4m3fn=False), "dequantize": _always},
+    "mxfp8": {
+        "triton": _blocks(89),
+        "dequantize": _always,
+        **_FLASHINFER,
+        "cublas": _cublas(100, "MXFP8"),
+        "deep_gemm": _deep_gemm(64, 128),
+    },
+    "nvfp4": {"triton": _blocks(89), "dequantize": _always, **_FLASHINFER, "cublas": _cublas(100, "NVFP4")},
+}
+"""By what is multiplied, why each algorithm cannot compute it, in the order in which "auto" asks. Of those behind the
+one that always can it asks none: they were not measured."""
+
+UNCALLED = {
+    (kind, name) for kind in ("fp8_block128", "mxfp8", "nvfp4") for name in (*_FLASHINFER, "cublas", "deep_gemm")
+}
+"""Those that no code of ours calls, since none was run: their limits are known, and an explicit choice is refused."""
+
+
+def why_not(arch: Arch, request: Request, algorithm: str) -> Refusal:
+    """Why `algorithm` cannot compute `request` on `arch`, or None."""
+    reason = KINDS[request.kind][algorithm](arch, request)
+    if reason is None and (request.kind, algorithm) in UNCALLED:
+        return "it could, but is not called: it was never run"
+    return reason
+
+
+def choose(arch: Arch, request: Request, algo: str = "auto") -> Choice:
+    """What computes `request` on `arch`. Asks no device.
+
+    Raises:
+        ArgumentError: there is no such algorithm, or it was asked for by name and cannot.
+    """
+    table = KINDS[request.kind]
+    if algo == "auto":
+        rejected: dict[str, str] = {}
+        for name in table:
+            reason = why_not(arch, request, name)
+            if reason is None:
+                return Choice(name, rejected)
+            rejected[name] = reason
+    if algo not in table:
+        raise ArgumentError(f"there is no algorithm {algo!r}", request.kind, nearest(algo, ("auto", *table)))
+    if reason := why_not(arch, request, algo):
+        raise ArgumentError(f"{algo} cannot: {reason}", request.kind, "Ask for another algorithm, or for 'auto'")
+    return Choice(algo, {})

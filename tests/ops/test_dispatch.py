@@ -1,0 +1,166 @@
+"""What computes which product on which target: truth tables, on a machine that need not have any."""
+
+import importlib.util
+from typing import Any
+
+import pytest
+
+from fusionpass.arch import Arch
+from fusionpass.errors import ArgumentError
+from fusionpass.ops import block_scaled_mm, scaled_mm
+from fusionpass.ops.gemm.dispatch import FEW, KINDS, SINGLE, UNCALLED, Request, choose, why_not
+from tests.blocks import product_of as blocks_of
+from tests.gemm import INT8, product_of
+
+TARGETS = (
+    "cpu", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121", "gfx942",
+    "gfx950",
+)  # fmt: skip
+FP8 = {"sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121", "gfx950"}
+GPUS = {name for name in TARGETS if name not in ("cpu", "sm_75")}
+CHOSEN_FOR_FEW = {
+    "bf16_fp32": dict.fromkeys(GPUS, "triton"),
+    "fp8_tensor": dict.fromkeys(FP8 | {"gfx942"}, "triton"),
+    "fp8_row": dict.fromkeys(FP8 | {"gfx942"}, "triton"),
+    "int8_row": dict.fromkeys(GPUS, "triton"),
+    "fp8_block128": dict.fromkeys(FP8 | {"gfx942"}, "triton"),
+    "int8_block128": dict.fromkeys(GPUS, "triton"),
+    "mxfp8": dict.fromkeys(FP8, "triton"),
+    "nvfp4": dict.fromkeys(FP8, "triton"),
+}
+LAST = {
+    kind: next(name for name in ("upcast", "dequantize", "reference") if name in table) for kind, table in KINDS.items()
+}
+
+
+@pytest.fixture(autouse=True)
+def only_triton(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The optional packages that are found."""
+    there = {"triton"}
+
+    def found(package: str) -> Any:
+        return object() if package in there else None
+
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+    return there
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TARGETS)
+def test_few_rows(name: str, kind: str) -> None:
+    chosen = choose(Arch(name), Request(kind, 8, 4096, 4096))
+    assert chosen.algorithm == CHOSEN_FOR_FEW[kind].get(name, LAST[kind])
+    table = list(KINDS[kind])
+    assert list(chosen.rejected) == table[: table.index(chosen.algorithm)]
+    assert all(chosen.rejected.values())
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_many_rows(name: str) -> None:
+    arch = Arch(name)
+    for kind, least in (("bf16_fp32", 80), ("fp8_tensor", 89), ("fp8_row", 89), ("int8_row", 80)):
+        most = SINGLE if kind == "fp8_tensor" else FEW
+        chosen = choose(arch, Request(kind, most + 1, 4096, 4096))
+        assert chosen.algorithm == ("cublas" if arch.is_cuda and arch.capability >= least else LAST[kind])
+        if CHOSEN_FOR_FEW[kind].get(name) == "triton":
+            assert chosen.rejected["triton"] == f"{most + 1} rows are bound by their products (at most {most})"
+            assert choose(arch, Request(kind, most, 4096, 4096)).algorithm == "triton"
+    for kind in ("fp8_block128", "int8_block128", "mxfp8", "nvfp4"):
+        assert choose(arch, Request(kind, 4096, 4096, 4096)) == choose(arch, Request(kind, 8, 4096, 4096))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_flashinfers_limits(name: str, only_triton: set[str]) -> None:
+    only_triton.add("flashinfer")
+    arch = Arch(name)
+    datacenter = name in ("sm_100", "sm_103")
+    blackwell = datacenter or name in ("sm_110", "sm_120", "sm_121")
+
+    def able(algorithm: str, columns: int = 4096, k: int = 4096, out_dtype: str = "bfloat16") -> bool:
+        reason = KINDS["mxfp8"][algorithm](arch, Request("mxfp8", 8, columns, k, out_dtype))
+        return reason is None
+
+    assert able("flashinfer_cutlass") == blackwell
+    assert able("flashinfer_trtllm") == able("flashinfer_cute_dsl") == datacenter
+    assert not able("flashinfer_trtllm", k=4096 + 128)
+    assert not able("flashinfer_trtllm", out_dtype="float16")
+    assert able("flashinfer_cute_dsl", k=4096 + 128, out_dtype="float16") == datacenter
+    assert not any(
+        able(algorithm, columns=96) or able(algorithm, k=96) for algorithm in KINDS["mxfp8"] if "flash" in algorithm
+    )
+    assert able("flashinfer_cutlass", columns=4096 + 16) == datacenter or name == "sm_110"
+    only_triton.remove("flashinfer")
+    if blackwell:
+        assert (
+            why_not(arch, Request("mxfp8", 8, 4096, 4096), "flashinfer_cutlass")
+            == "the package flashinfer is not installed"
+        )
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_deep_gemms_limits(name: str, only_triton: set[str]) -> None:
+    only_triton.add("deep_gemm")
+    gate, there = KINDS["fp8_block128"]["deep_gemm"], name in ("sm_90", "sm_100")
+    assert (gate(Arch(name), Request("fp8_block128", 8, 4096, 4096)) is None) == there
+    if there:
+        for changes, message in (
+            ({"columns": 4096 + 32}, "N is 4128 and K 4096, not multiples of 64 and 128"),
+            ({"k": 4096 + 64}, "N is 4096 and K 4160, not multiples of 64 and 128"),
+            ({"out_dtype": "float32"}, "DeepGEMM writes bfloat16, not float32"),
+        ):
+            sizes: dict[str, Any] = {"columns": 4096, "k": 4096, **changes}
+            assert gate(Arch(name), Request("fp8_block128", 8, **sizes)) == message
+
+
+def test_cublas_knows_blocks_from_some_target_on() -> None:
+    able = {
+        kind: {name for name in TARGETS if KINDS[kind]["cublas"](Arch(name), Request(kind, 8, 4096, 4096)) is None}
+        for kind in ("fp8_block128", "mxfp8", "nvfp4")
+    }
+    assert able["fp8_block128"] == {name for name in FP8 if name not in ("sm_89", "gfx950")}
+    assert able["mxfp8"] == able["nvfp4"] == able["fp8_block128"] - {"sm_90"}
+
+
+def test_what_is_not_called_is_not_chosen(only_triton: set[str]) -> None:
+    only_triton |= {"flashinfer", "deep_gemm"}
+    for kind, algorithm in UNCALLED & {(kind, name) for kind, table in KINDS.items() for name in table}:
+        for name in TARGETS:
+            request = Request(kind, 8, 4096, 4096)
+            assert why_not(Arch(name), request, algorithm) is not None
+            assert choose(Arch(name), request).algorithm != algorithm
+    with pytest.raises(ArgumentError, match="flashinfer_cutlass cannot: it could, but is not called: it was never run"):
+        choose(Arch("sm_120"), Request("nvfp4", 8, 4096, 4096), "flashinfer_cutlass")
+
+
+def test_a_name_that_there_is_not() -> None:
+    with pytest.raises(ArgumentError, match=r"there is no algorithm 'tritn'. Did you mean 'triton'\?"):
+        choose(Arch("sm_90"), Request("mxfp8", 8, 4096, 4096), "tritn")
+
+
+def test_without_triton(only_triton: set[str]) -> None:
+    only_triton.clear()
+    for kind in KINDS:
+        assert choose(Arch("sm_90"), Request(kind, 8, 4096, 4096)).rejected["triton"] == "triton is not installed here"
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if name.startswith("sm_")])
+@pytest.mark.parametrize("rows", [1, SINGLE + 1, FEW + 1])
+def test_plans_do_what_the_table_says(name: str, rows: int) -> None:
+    arch = Arch(name)
+    single = {key: blocks_of("fp8", 1, 1, 128)["a_scale"] for key in ("a_scale", "b_scale")}
+    cases = [
+        ("fp8_row", scaled_mm, product_of(rows, 48, 64)),
+        ("fp8_tensor", scaled_mm, product_of(rows, 48, 64, **single)),
+        ("int8_row", scaled_mm, product_of(rows, 48, 64, INT8)),
+        ("fp8_block128", block_scaled_mm, blocks_of("fp8", rows, 48, 128)),
+        ("int8_block128", block_scaled_mm, blocks_of("int8", rows, 48, 128)),
+        ("mxfp8", block_scaled_mm, blocks_of("mxfp8", rows, 48, 128)),
+        ("nvfp4", block_scaled_mm, blocks_of("nvfp4", rows, 48, 128)),
+    ]
+    for kind, op, arguments in cases:
+        k = 64 if op is scaled_mm else 128
+        chosen = choose(arch, Request(kind, rows, 48, k))
+        launch, why = op.plan(arch, arguments)
+        assert (launch is not None) == (chosen.algorithm == "triton"), (kind, why)
+        if launch is None:
+            assert why == f"triton: {chosen.rejected['triton']}"
