@@ -1,6 +1,7 @@
-"""Time products of quantised matrices with few rows beside cuBLAS and a copy: `python -m bench.gemm --help`.
+"""Time products of quantised matrices beside cuBLAS and a copy: `python -m bench.gemm --help`.
 
-Weights are rotated past the L2, as those of a model's layers are.
+Weights are rotated past the L2, as those of a model's layers are. What bounds few rows is the copy of as many bytes as
+the weight has; what bounds many, the matrix units, so that TFLOP/s are stated, too.
 """
 
 import argparse
@@ -15,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fusionpass.launch import Launch
-from fusionpass.ops import scaled_mm
+from fusionpass.op import Op
+from fusionpass.ops import block_scaled_mm, quantize, scaled_mm
 from fusionpass.ops.gemm.stream import Cut
 
 from .implementations import compile_apart, launch_call, search, with_cut
@@ -28,7 +30,11 @@ SHAPES = {
     "deepseek_v3": [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048)],
 }
 """[N, K] of a layer's products, projections that share an input packed."""
-SCHEMES = ("fp8_token", "fp8_static", "int8_token")
+BLOCKS = {
+    "fp8_group128": "fp8_block128", "int8_group128": "int8_block128", "mxfp8": "mxfp8", "nvfp4": "nvfp4",
+}  # fmt: skip
+"""The scheme of the weight by that of the input, where scales change along K."""
+SCHEMES = ("fp8_token", "fp8_static", "int8_token", *BLOCKS)
 
 
 def grid_of(rows: int, columns: int) -> list[Cut]:
@@ -50,6 +56,14 @@ def grid_of(rows: int, columns: int) -> list[Cut]:
 
 def arguments(rows: int, columns: int, k: int, scheme: str) -> dict[str, Any]:
     """Random codes whose scales make a product of about one."""
+    if scheme in BLOCKS:
+        made: dict[str, Any] = {"a_scheme": scheme, "b_scheme": BLOCKS[scheme]}
+        for name, n, kind in (("a", rows, scheme), ("b", columns, BLOCKS[scheme])):
+            x = torch.randn(n, k, device="cuda") / k**0.25
+            whole = x.abs().amax() / 2688 if scheme == "nvfp4" else None
+            made[name], made[f"{name}_scale"] = quantize.reference(x, whole, kind)
+            made[f"{name}_global_scale"] = whole
+        return block_scaled_mm.bind((), made)
     dtype = torch.int8 if scheme == "int8_token" else torch.float8_e4m3fn
     a, b = (torch.randn(n, k, device="cuda").mul(30).to(dtype) for n in (rows, columns))
     sizes: Any = [(), ()] if scheme == "fp8_static" else [(rows, 1), (1, columns)]
@@ -57,7 +71,15 @@ def arguments(rows: int, columns: int, k: int, scheme: str) -> dict[str, Any]:
     return scaled_mm.bind((a, b.t(), *scales), {})
 
 
-CONFIGURE = "fusionpass.ops.gemm.stream.configure"
+CONFIGURE = {
+    scaled_mm: "fusionpass.ops.gemm.stream.configure",
+    block_scaled_mm: "fusionpass.ops.gemm.blocks_triton.configure",
+}
+
+
+def op_of(scheme: str) -> Op:
+    """What multiplies codes of a scheme."""
+    return block_scaled_mm if scheme in BLOCKS else scaled_mm
 
 
 def check(given: dict[str, Any], got: torch.Tensor) -> None:
@@ -66,6 +88,10 @@ def check(given: dict[str, Any], got: torch.Tensor) -> None:
     Raises:
         AssertionError: it is not.
     """
+    if "a_scheme" in given:
+        expected = block_scaled_mm.reference(**{**given, "out_dtype": "float32"})
+        assert (got.float() - expected).norm() <= 3e-3 * expected.norm()
+        return
     a, b = given["a"].double(), given["b"].double()
     scales = given["a_scale"].double() * given["b_scale"].double()
     expected, terms = (a @ b) * scales, (a.abs() @ b.abs()) * scales
@@ -74,15 +100,26 @@ def check(given: dict[str, Any], got: torch.Tensor) -> None:
 
 def launch_of(rows: int, columns: int, k: int, scheme: str, cut: Cut | None) -> Launch:
     """The launch on arguments of its own."""
-    return with_cut(scaled_mm, arguments(rows, columns, k, scheme), CONFIGURE, cut)
+    op = op_of(scheme)
+    return with_cut(op, arguments(rows, columns, k, scheme), CONFIGURE[op], cut)
+
+
+def cublas(given: dict[str, Any]) -> Callable[[], torch.Tensor]:
+    """PyTorch's own product of these codes, or the reason why there is none."""
+    if "a_scheme" not in given:
+        return lambda: scaled_mm.reference(**given)
+    # cuBLAS wants the scales of each group next to one another.
+    a_scale, b_scale = (given[f"{name}_scale"].t().contiguous().t() for name in "ab")
+    return lambda: torch._scaled_mm(given["a"], given["b"].t(), a_scale, b_scale.t(), out_dtype=torch.bfloat16)
 
 
 def measure(rows: int, columns: int, k: int, scheme: str, cuts: list[Cut]) -> dict[str, Any]:
     """Microseconds of each way to multiply such matrices, and the best cut where some are searched."""
-    size = torch.cuda.get_device_properties(0).L2_cache_size
-    sets = cold_sets(columns * k, size) or 1
+    size, op = torch.cuda.get_device_properties(0).L2_cache_size, op_of(scheme)
+    stored = columns * k // (2 if scheme == "nvfp4" else 1)
+    sets = cold_sets(stored, size) or 1
     given = [arguments(rows, columns, k, scheme) for _ in range(sets)]
-    source = [torch.empty(columns * k // 2, dtype=torch.uint8, device="cuda") for _ in range(2 * sets)]
+    source = [torch.empty(stored // 2, dtype=torch.uint8, device="cuda") for _ in range(2 * sets)]
 
     def copied(i: int) -> None:
         source[2 * i].copy_(source[2 * i + 1])
@@ -91,15 +128,21 @@ def measure(rows: int, columns: int, k: int, scheme: str, cuts: list[Cut]) -> di
         return statistics.median(time_calls(call, sets))
 
     def of(cut: Cut | None) -> float:
-        call = launch_call([with_cut(scaled_mm, one, CONFIGURE, cut) for one in given])
+        call = launch_call([with_cut(op, one, CONFIGURE[op], cut) for one in given])
         check(given[0], call(0)[0])
         return timed(call)
 
     cell: dict[str, Any] = {"rows": rows, "columns": columns, "k": k, "scheme": scheme}
     cell["copy"] = timed(copied)
-    cell["cublas"] = timed(lambda i: scaled_mm.reference(**given[i]))
+    calls = [cublas(one) for one in given]
+    try:
+        check(given[0], calls[0]())
+        cell["cublas"] = timed(lambda i: calls[i]())
+    except (RuntimeError, AssertionError) as error:
+        cell["cublas_fails"] = f"{type(error).__name__}: {error}".splitlines()[0]
     cell["fusionpass"] = of(None)
     cell |= search(of, cuts)
+    cell["tflops"] = 2e-6 * rows * columns * k / cell["fusionpass"]
     return {name: round(v, 3) if isinstance(v, float) else v for name, v in cell.items()}
 
 
@@ -115,6 +158,8 @@ def main() -> None:
     options = parser.parse_args()
     require_gpu()
     warm_up()
+    if options.search and set(options.scheme) & {*BLOCKS}:
+        parser.error("--search is for scales of rows and of whole matrices")
     if options.search:
         first = SHAPES[options.shapes[0]][0]
         each = itertools.product(options.rows, [first], options.scheme)
@@ -132,13 +177,36 @@ def main() -> None:
 
 def table(cells: list[dict[str, Any]]) -> Table:
     """Microseconds of each way, and the shares of a copy's speed."""
-    made = Table("scheme", "rows", "N × K", "copy", "cuBLAS", "fusionpass", "% of copy", "best cut", "µs", "%")
+    headings = (
+        "scheme",
+        "rows",
+        "N × K",
+        "copy",
+        "cuBLAS",
+        "fusionpass",
+        "% of copy",
+        "TFLOP/s",
+        "best cut",
+        "µs",
+        "%",
+    )
+    made = Table(*headings)
     for cell in cells:
         share = [f"{100 * cell['copy'] / cell[way]:.1f}" if way in cell else "" for way in ("fusionpass", "best")]
         cut = " ".join(f"{value}" for value in cell.get("cut", {}).values())
         times = [f"{cell[way]:.2f}" if way in cell else "" for way in ("copy", "cublas", "fusionpass", "best")]
         size = f"{cell['columns']} × {cell['k']}"
-        made.add_row(cell["scheme"], str(cell["rows"]), size, *times[:3], share[0], cut, times[3], share[1])
+        made.add_row(
+            cell["scheme"],
+            str(cell["rows"]),
+            size,
+            *times[:3],
+            share[0],
+            f"{cell.get('tflops', 0):.0f}",
+            cut,
+            times[3],
+            share[1],
+        )
     return made
 
 
