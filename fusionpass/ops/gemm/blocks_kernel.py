@@ -1,10 +1,11 @@
-"""The Triton kernel of products whose scales change along K."""
+"""The Triton kernel of products whose scales change along K, or whose rows each have one of several weights."""
 # Triton's own language has no annotations that mypy could check.
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
 import triton.language as tl
 
+from ..activation.triton import activated
 from ..pdl import pdl_launch, pdl_wait
 from .kernel import _finish
 
@@ -49,6 +50,88 @@ def _values(codes, scale, GROUP: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _operand(codes, scale, GROUP: tl.constexpr, WIDE: tl.constexpr):
+    """What `tl.dot` takes of `codes`: themselves; in WIDE, scaled; of packed ones two parts, the even codes first.
+
+    The order along K is the same in both operands, so that nothing has to be put back in between.
+    """
+    if WIDE is None:
+        first, second = codes, codes
+    elif codes.dtype == tl.uint8:
+        first, second = _values(_e2m1(codes), scale, GROUP, WIDE), _values(_e2m1(codes >> 4), scale, GROUP, WIDE)
+    else:
+        first = _values(codes, scale, GROUP, WIDE)
+        second = first
+    return first, second
+
+
+@triton.jit
+def _add_products(
+    y,
+    x,
+    even,
+    odd,
+    xs,
+    b,
+    b_scale,
+    first_row,
+    columns,
+    start,
+    last,
+    b_row,
+    b_scale_row,
+    b_scale_group,
+    GROUP: tl.constexpr,
+    SHARED: tl.constexpr,
+    B_SWIZZLED: tl.constexpr,
+    WIDE: tl.constexpr,
+    NATIVE: tl.constexpr,
+    SUMMED: tl.constexpr,
+    EVEN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """`y` [COLUMNS, ROWS] and the products of rows of `b`, from `first_row` on, with those of `x`, from `start` on.
+
+    `columns` of them are there.
+    """
+    packed: tl.constexpr = x.dtype == tl.uint8
+    exact: tl.constexpr = x.dtype == tl.int8
+    each = tl.arange(0, COLUMNS)
+    row, inside = first_row + each, each < columns
+    k = start + tl.arange(0, DEPTH)
+    wanted = inside[:, None]
+    if not EVEN:
+        wanted &= (k < last)[None, :]
+    w = tl.load(b + row.to(tl.int64)[:, None] * b_row + k[None, :], wanted, other=0.0)
+    if GROUP == 0:
+        y = tl.dot(w, tl.trans(even), y, max_num_imprecise_acc=SUMMED)
+    elif NATIVE or WIDE is not None:
+        g = (start // GROUP + tl.arange(0, DEPTH // GROUP))[None, :]
+        ws = _scale_at(b_scale, (row // SHARED)[:, None], g, b_scale_row, b_scale_group, B_SWIZZLED)
+        ws = tl.load(ws, inside[:, None] & (g * GROUP < last), other=0.0)
+        if NATIVE:
+            form: tl.constexpr = "e2m1" if packed else "e4m3"
+            y = tl.dot_scaled(w, ws, form, tl.trans(x), xs, form, y)
+        else:
+            w_even, w_odd = _operand(w, ws, GROUP, WIDE)
+            y = tl.dot(w_even, tl.trans(even), y)
+            if packed:
+                y = tl.dot(w_odd, tl.trans(odd), y)
+    else:
+        tl.static_assert(GROUP % DEPTH == 0)
+        if SHARED % COLUMNS == 0:
+            ws = _scale_at(b_scale, first_row // SHARED, start // GROUP, b_scale_row, b_scale_group, B_SWIZZLED)
+            by = (xs * _decoded(tl.load(ws)))[None, :]
+        else:
+            ws = _scale_at(b_scale, row // SHARED, start // GROUP, b_scale_row, b_scale_group, B_SWIZZLED)
+            by = _decoded(tl.load(ws, inside, other=0.0))[:, None] * xs[None, :]
+        summed = tl.dot(w, tl.trans(even), out_dtype=tl.int32 if exact else tl.float32)
+        y += summed.to(tl.float32) * by
+    return y
+
+
+@triton.jit
 def block_kernel(
     a,
     b,
@@ -59,21 +142,28 @@ def block_kernel(
     bias,
     out,
     sums,
+    order,
+    experts,
     rows,
     columns,
     depths,
     a_row,
     b_row,
+    b_expert,
     a_scale_row,
     a_scale_group,
     b_scale_row,
     b_scale_group,
+    b_scale_expert,
+    TOP: tl.constexpr,
+    ACT: tl.constexpr,
     GROUP: tl.constexpr,
     SHARED: tl.constexpr,
     A_SWIZZLED: tl.constexpr,
     B_SWIZZLED: tl.constexpr,
     WIDE: tl.constexpr,
     NATIVE: tl.constexpr,
+    SUMMED: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -84,44 +174,62 @@ def block_kernel(
 ):
     """ROWS rows of `a` times COLUMNS rows of `b` a program, over a share of the `depths` where they are split.
 
-    Sizes along K are in bytes: of e2m1 codes, which come as uint8, there are two in each. GROUP of them share a scale,
-    in `b` with SHARED rows. EVEN: `depths` is a multiple of DEPTH. How codes are multiplied:
+    Sizes along K are in bytes where operands are codes: of e2m1 ones, which come as uint8, there are two in each. GROUP
+    of them share a scale, in `b` with SHARED rows; 0: there are no scales but `a_global` and `b_global`, of all. EVEN:
+    `depths` is a multiple of DEPTH. How codes are multiplied:
 
     - ROWS is 1: one by one, in float32.
     - NATIVE: with their scales, by the matrix units.
     - WIDE is a dtype in which `code * scale` is exact: in that, by the matrix units.
-    - WIDE is None: as codes, and each group's sum is scaled. DEPTH is no more than GROUP then.
+    - WIDE is None: as codes, and each group's sum is scaled. DEPTH is no more than GROUP then. Without scales Hopper's
+      units may sum SUMMED products in the bits that they have.
+
+    With `order`, `b` is one of several, `b_expert` apart: block i of rows has the weight `experts[i]` (-1: none), and
+    its rows of `out` are `order[i * ROWS:]`, `rows` where there is none; each TOP of them in turn read one of `a`.
+
+    ACT: `b` has twice as many rows, and `out` is `act(first half) * second half`, each rounded before as in eager mode.
 
     GROUPED blocks of rows are next to one another, then those of the next columns, so that they share them in the
     cache. With SPLITS > 1 the sums go to `sums`, [SPLITS, rows, columns], for `split_kernel`.
     """
     program = tl.program_id(0)
     column_blocks = tl.cdiv(columns, COLUMNS)
-    if ROWS == 1:
-        row_block = program // column_blocks
-        column_block = program % column_blocks
-    else:
-        together = GROUPED * column_blocks
-        first_block = program // together * GROUPED
-        count = tl.minimum(tl.cdiv(rows, ROWS) - first_block, GROUPED)
-        row_block = first_block + program % together % count
-        column_block = program % together // count
-    row = row_block * ROWS + tl.arange(0, ROWS)
-    column = column_block * COLUMNS + tl.arange(0, COLUMNS)
-    read, inside = row < rows, column < columns
-    packed: tl.constexpr = b.dtype.element_ty == tl.uint8
-    exact: tl.constexpr = b.dtype.element_ty == tl.int8
+    row_blocks = tl.num_programs(0) // column_blocks
+    together = GROUPED * column_blocks
+    first_block = program // together * GROUPED
+    count = tl.minimum(row_blocks - first_block, GROUPED)
+    row_block = first_block + program % together % count
+    column_block = program % together // count
     share = tl.cdiv(depths, SPLITS * DEPTH) * DEPTH
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, depths)
-    a_rows = a + row.to(tl.int64) * a_row
-    b_rows = b + column.to(tl.int64) * b_row
-    groups: tl.constexpr = DEPTH // GROUP if DEPTH > GROUP else 1
-    group = tl.arange(0, groups)
+    row = row_block * ROWS + tl.arange(0, ROWS)
     pdl_wait(PDL)
+    if order is not None:
+        expert = tl.load(experts + row_block)
+        last = tl.where(expert < 0, first, last)
+        expert = tl.maximum(expert, 0).to(tl.int64)
+        b += expert * b_expert
+        if GROUP > 0:
+            b_scale += expert * b_scale_expert
+        if b_global is not None:
+            b_global += expert
+        if bias is not None:
+            bias += expert * (columns * 2 if ACT is not None else columns)
+        row = tl.load(order + row)
+    read = row < rows
+    source = row // TOP
+    a_rows = a + source.to(tl.int64) * a_row
+    first_column = column_block * COLUMNS
+    column = first_column + tl.arange(0, COLUMNS)
+    inside = column < columns
+    packed: tl.constexpr = b.dtype.element_ty == tl.uint8
+    groups: tl.constexpr = DEPTH // GROUP if GROUP > 0 and DEPTH > GROUP else 1
+    group = tl.arange(0, groups)
     if ROWS == 1:
         part: tl.constexpr = DEPTH // groups
         inner = tl.arange(0, DEPTH)
+        b_rows = b + column.to(tl.int64) * b_row
         products = tl.zeros([COLUMNS, groups, part], tl.float32)
         for start in range(first, last, DEPTH):
             k = (start + inner)[None, :]
@@ -132,7 +240,7 @@ def block_kernel(
             w = tl.load(b_rows[:, None] + k, wanted, other=0.0)
             x = tl.load(a_rows[:, None] + k) if EVEN else tl.load(a_rows[:, None] + k, k < last, other=0.0)
             ws = _scale_at(b_scale, (column // SHARED)[:, None], g, b_scale_row, b_scale_group, B_SWIZZLED)
-            xs = _scale_at(a_scale, row[:, None], g, a_scale_row, a_scale_group, A_SWIZZLED)
+            xs = _scale_at(a_scale, source[:, None], g, a_scale_row, a_scale_group, A_SWIZZLED)
             ws = _decoded(tl.load(ws, inside[:, None] & asked, other=0.0))
             xs = _decoded(tl.load(xs, asked, other=0.0))
             if packed:
@@ -144,53 +252,48 @@ def block_kernel(
         y = tl.sum(tl.sum(products, 2), 1)[:, None]
     else:
         y = tl.zeros([COLUMNS, ROWS], tl.float32)
+        y_2 = y
         depth = tl.arange(0, DEPTH)
         for start in range(first, last, DEPTH):
-            k = start + depth
-            wanted, asked = inside[:, None], read[:, None]
+            asked = read[:, None]
             if not EVEN:
-                wanted &= (k < last)[None, :]
-                asked &= (k < last)[None, :]
-            w = tl.load(b_rows[:, None] + k[None, :], wanted, other=0.0)
-            x = tl.load(a_rows[:, None] + k[None, :], asked, other=0.0)
+                asked &= (start + depth < last)[None, :]
+            x = tl.load(a_rows[:, None] + (start + depth)[None, :], asked, other=0.0)
             if NATIVE or WIDE is not None:
                 g = (start // GROUP + group)[None, :]
-                there = g * GROUP < last
-                ws = _scale_at(b_scale, (column // SHARED)[:, None], g, b_scale_row, b_scale_group, B_SWIZZLED)
-                xs = _scale_at(a_scale, row[:, None], g, a_scale_row, a_scale_group, A_SWIZZLED)
-                ws = tl.load(ws, inside[:, None] & there, other=0.0)
-                xs = tl.load(xs, read[:, None] & there, other=0.0)
-                if NATIVE:
-                    form: tl.constexpr = "e2m1" if packed else "e4m3"
-                    y = tl.dot_scaled(w, ws, form, tl.trans(x), xs, form, y)
-                elif packed:
-                    # Even codes by even ones, odd by odd: the order along K is the same in both.
-                    even = _values(_e2m1(x), xs, GROUP, WIDE)
-                    odd = _values(_e2m1(x >> 4), xs, GROUP, WIDE)
-                    y = tl.dot(_values(_e2m1(w), ws, GROUP, WIDE), tl.trans(even), y)
-                    y = tl.dot(_values(_e2m1(w >> 4), ws, GROUP, WIDE), tl.trans(odd), y)
-                else:
-                    y = tl.dot(_values(w, ws, GROUP, WIDE), tl.trans(_values(x, xs, GROUP, WIDE)), y)
-            else:
-                tl.static_assert(GROUP % DEPTH == 0)
-                g = start // GROUP
-                xs = _scale_at(a_scale, row, g, a_scale_row, a_scale_group, A_SWIZZLED)
+                xs = _scale_at(a_scale, source[:, None], g, a_scale_row, a_scale_group, A_SWIZZLED)
+                xs = tl.load(xs, read[:, None] & (g * GROUP < last), other=0.0)
+            elif GROUP > 0:
+                xs = _scale_at(a_scale, source, start // GROUP, a_scale_row, a_scale_group, A_SWIZZLED)
                 xs = _decoded(tl.load(xs, read, other=0.0))
-                if SHARED % COLUMNS == 0:
-                    ws = _scale_at(b_scale, column_block * COLUMNS // SHARED, g, b_scale_row, b_scale_group, B_SWIZZLED)
-                    by = (xs * _decoded(tl.load(ws)))[None, :]
-                else:
-                    ws = _scale_at(b_scale, column // SHARED, g, b_scale_row, b_scale_group, B_SWIZZLED)
-                    by = _decoded(tl.load(ws, inside, other=0.0))[:, None] * xs[None, :]
-                summed = tl.dot(w, tl.trans(x), out_dtype=tl.int32 if exact else tl.float32)
-                y += summed.to(tl.float32) * by
+            else:
+                xs = 0.0
+            if NATIVE:
+                even, odd = x, x
+            else:
+                even, odd = _operand(x, xs, GROUP, WIDE)
+            y = _add_products(
+                y, x, even, odd, xs, b, b_scale, first_column, columns - first_column, start, last, b_row, b_scale_row,
+                b_scale_group, GROUP, SHARED, B_SWIZZLED, WIDE, NATIVE, SUMMED, EVEN, COLUMNS, DEPTH,
+            )  # fmt: skip
+            if ACT is not None:
+                y_2 = _add_products(
+                    y_2, x, even, odd, xs, b, b_scale, columns + first_column, columns - first_column, start, last,
+                    b_row, b_scale_row, b_scale_group, GROUP, SHARED, B_SWIZZLED, WIDE, NATIVE, SUMMED, EVEN, COLUMNS,
+                    DEPTH,
+                )  # fmt: skip
     row, column = row[None, :], column[:, None]
     stored = inside[:, None] & read[None, :]
     at = row.to(tl.int64) * columns + column
     if SPLITS == 1:
+        kind: tl.constexpr = out.dtype.element_ty
         y = _finish(y, a_global, b_global, bias, row, column, rows, columns, False, False)
+        if ACT is not None:
+            beside = bias + columns if bias is not None else bias
+            y_2 = _finish(y_2, a_global, b_global, beside, row, column, rows, columns, False, False)
+            y = activated(y.to(kind).to(tl.float32), ACT).to(kind).to(tl.float32) * y_2.to(kind).to(tl.float32)
         pdl_launch(PDL)
-        tl.store(out + at, y.to(out.dtype.element_ty), stored)
+        tl.store(out + at, y.to(kind), stored)
     else:
         pdl_launch(PDL)
         tl.store(sums + tl.program_id(1).to(tl.int64) * rows * columns + at, y, stored)

@@ -64,6 +64,12 @@ def configure(arch: Arch, rows: int, columns: int, depths: int, most: int) -> Cu
     return Cut(128, 128, min(most, 128), grouped=8, warps=8, stages=stages)
 
 
+PLAIN: dict[str, Any] = {
+    "order": None, "experts": None, "b_expert": 0, "b_scale_expert": 0, "TOP": 1, "ACT": None, "SUMMED": 128,
+}  # fmt: skip
+"""The kernel's arguments where there is one weight, and nothing behind its product."""
+
+
 def native(arch: Arch, kind: Scheme, cut: Cut) -> bool:
     """Whether the matrix units multiply such codes with their scales."""
     if group_of(kind) == 128:
@@ -160,6 +166,7 @@ def plan(
             "depths": depths,
             "a_row": a.stride(0),
             "b_row": b.stride(0),
+            **PLAIN,
             "GROUP": group,
             "SHARED": 128 if kinds[1].granularity == "block128" else 1,
             "WIDE": None if by_sum else wide,
