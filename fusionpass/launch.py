@@ -100,17 +100,17 @@ class Launch:
         earlier: dict[int, torch.Tensor] = {}
         args: dict[str, Any] = {}
         for launch in self.all:
-            args = {name: launch._argument(name, earlier) for name in launch.args}
+            args = {name: launch._argument(name, earlier, self.device) for name in launch.args}
             earlier |= {id(v): args[name] for name, v in launch.args.items() if isinstance(v, Empty)}
             if 0 not in launch.grid:
                 with torch.cuda.device_of(next(v for v in args.values() if isinstance(v, torch.Tensor))):
                     launch.kernel[launch.grid](**args, **launch.options())
         return [args[name] for name in self.returns]
 
-    def _argument(self, name: str, earlier: dict[int, torch.Tensor]) -> Any:
+    def _argument(self, name: str, earlier: dict[int, torch.Tensor], device: torch.device) -> Any:
         value = self.args[name]
         if isinstance(value, Empty):
-            return earlier[id(value)] if id(value) in earlier else value.new(self.device)
+            return earlier[id(value)] if id(value) in earlier else value.new(device)
         if name not in self.mutates:
             return value
         copied = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

@@ -83,7 +83,7 @@ def test_all_is_well(home, capsys):
 def test_one_op_of_each_family_is_tested():
     found = list(doctor.self_test(Arch("cpu")))
     assert [finding.about for finding in found] == [
-        f"test {name}" for name in ("quant", "activation", "norm", "rope", "attention", "gemm")
+        f"test {name}" for name in ("quant", "activation", "norm", "rope", "attention", "gemm", "moe")
     ]
     assert all(finding.right for finding in found), [finding.text for finding in found]
 

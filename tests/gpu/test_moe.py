@@ -1,0 +1,73 @@
+"""The kernels of mixtures of experts on the device: against float64, beside PyTorch's grouped products, in a graph."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fusionpass.arch import Arch
+from fusionpass.launch import Launch
+from fusionpass.ops import experts
+
+pytest.importorskip("triton")
+from fusionpass.ops.gemm.blocks_triton import Cut
+from tests.moe import SCHEMES, check_mixture, mixture
+
+DEVICE = torch.device("cuda")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_drawn_sizes_and_cuts(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 40))
+    scheme = data.draw(st.sampled_from(SCHEMES))
+    unit = 128 if scheme else 8
+    sizes = [unit * data.draw(st.integers(1, 400 // unit)) for _ in range(2)]
+    arguments = mixture(
+        data.draw(st.integers(1, 60)), *sizes, count, data.draw(st.integers(1, min(count, 8))), scheme, device="cuda"
+    )
+    ids = arguments["ids"]
+    ids[torch.rand(ids.shape, device="cuda") < data.draw(st.sampled_from([0.0, 0.2]))] = -1
+    cuts = None
+    if data.draw(st.booleans()):
+        rows = data.draw(st.sampled_from([16, 32, 64, 128]))
+        depth = data.draw(st.sampled_from([32, 64]))
+        cuts = [Cut(rows, data.draw(st.sampled_from([32, 64])), depth, grouped=4, stages=3) for _ in range(2)]
+    check_mixture(Arch.of(DEVICE), arguments, cuts)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("tokens", [1, 33, 600])
+@pytest.mark.parametrize("shape", [(2048, 768, 128, 8), (7168, 256, 64, 8)], ids=["qwen3_30b", "deepseek_v3_tp8"])
+def test_shapes_of_models(shape: tuple[int, int, int, int], tokens: int, scheme: str) -> None:
+    hidden, inner, count, top = shape
+    arguments = mixture(tokens, hidden, inner, count, top, scheme, device="cuda")
+    launch, why = experts.plan(Arch.of(DEVICE), arguments)
+    assert isinstance(launch, Launch), why
+    got, expected = launch.run()[0].double(), experts.reference(**arguments).double()
+    assert (got - expected).norm() / expected.norm() < (0.02 if scheme else 5e-3)
+
+
+def test_the_same_each_time() -> None:
+    """Though pairs of one expert come in any order."""
+    arguments = mixture(700, 256, 128, 8, 2, device="cuda")
+    first = experts(**arguments)
+    assert all(torch.equal(experts(**arguments), first) for _ in range(20))
+
+
+def test_in_a_graph_with_other_choices() -> None:
+    """The kernels read who was chosen: nothing of it is in the graph."""
+    given = [mixture(20, 256, 128, 16, 4, device="cuda", **more) for more in ({}, {})]
+    generator = torch.Generator("cuda").manual_seed(7)
+    static: dict[str, Any] = {**given[0], "ids": given[0]["ids"].clone()}
+    experts(**static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = experts(**static)
+    for _ in range(20):
+        static["ids"].copy_(torch.randint(-1, 16, (20, 4), generator=generator, device="cuda"))
+        graph.replay()
+        assert torch.equal(out, experts(**static))
