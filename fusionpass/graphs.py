@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from operator import getitem
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,9 +92,14 @@ def where(node: Node) -> str:
     return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path).strip(".")
 
 
+_CALL = str(Path(__file__).with_name("op.py"))
+
+
 def source_line(node: Node) -> str:
     """`file:line, code` of the innermost user frame of a node; empty if unknown."""
     found = re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s*(.*)', node.meta.get("stack_trace") or "")
+    # Who calls an op of ours is what tells, not how it is called.
+    found = [frame for frame in found if frame[0] != _CALL]
     return f"{found[-1][0]}:{found[-1][1]}, {found[-1][2].strip()}" if found else ""
 
 

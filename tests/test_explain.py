@@ -228,3 +228,21 @@ def test_llama(config, backend):
     assert not report.graph_breaks
     assert next(model.parameters()).device.type == "cpu"
     assert FP8 in {p.dtype for p in model.parameters()}
+
+
+def test_an_op_that_a_module_calls_says_where():
+    """No rule made it, so that only the call itself tells."""
+
+    class Attention(nn.Module):
+        def forward(self, x):
+            q = x.view(1, 4, 3, 64)
+            return nn.functional.scaled_dot_product_attention(q, q, q).reshape(3, 256)
+
+    model = nn.Sequential(Attention(), nn.Linear(256, 128)).bfloat16()
+    fusionpass.quantize_(model, "mxfp8")
+    report = explain(model, torch.randn(3, 256).bfloat16(), config=SM90)
+    found = {record.op: (record.where, record.source) for record in report.fused}
+    assert found["attention"][0] == "0"
+    assert "scaled_dot_product_attention" in found["attention"][1]
+    assert found["block_scaled_mm"][0] == "1"
+    assert "block_scaled_mm(" in found["block_scaled_mm"][1]

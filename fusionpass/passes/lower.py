@@ -15,8 +15,9 @@ from ..errors import FusionpassError
 from ..graphs import CAST, aten, erase_unused, inherit, outputs_of, same_shape, same_strides, value, values
 from ..launch import Empty, Late, Launch
 from ..op import OPS, Op
-from ..report.trace import GraphTrace, Record, Site
+from ..report.trace import GraphTrace, Record
 from ..verify import check_launch
+from .beside import site_of
 
 LAUNCH = "fusionpass_launch"
 """The metadata key under which a node that stays an op carries what was `Planned` for it."""
@@ -99,7 +100,7 @@ def lower(
             if wrong:
                 launch, chosen, reason = None, None, wrong
                 trace.refused.append(_refused(op, node, arguments, wrong))
-        site = node.meta.get("fusionpass", Site())
+        site = site_of(node)
         copied = _still_read(op, node, arguments, launch) if launch is not None else None
         trace.fused.append(
             Record(
@@ -126,7 +127,7 @@ def lower(
 
 
 def _refused(op: Op, node: Node, arguments: Mapping[str, Any], reason: str) -> Record:
-    site = node.meta.get("fusionpass", Site())
+    site = site_of(node)
     scheme = str(arguments.get("scheme", ""))
     rule = site.rules[-1] if site.rules else ""
     return Record(op.name, rule, reason, site.where, site.source, scheme, node=node.name)
