@@ -114,6 +114,15 @@ class Config:
         return made
 
 
+def config_dir() -> Path | None:
+    """The folder of the user's tuned tables, FUSIONPASS_CONFIG_DIR, or None.
+
+    Not a field of `Config`: ops that run outside of compiled models ask for it, too.
+    """
+    text = os.environ.get("FUSIONPASS_CONFIG_DIR")
+    return Path(text) if text else None
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

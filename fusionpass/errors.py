@@ -67,8 +67,20 @@ class MissError(FusionpassError):
     """Something did not fuse and `on_miss="error"` asks for an exception."""
 
 
+class TableError(FusionpassError):
+    """A file of tuned configurations does not hold what such a file holds."""
+
+
+class TuningError(FusionpassError):
+    """A kernel cannot be tuned as asked: no device, no such sizes, or a key that its plan does not know."""
+
+
 class NotCompiledError(FusionpassError):
     """A report was asked for a model that fusionpass has not compiled."""
+
+
+class TableWarning(UserWarning):
+    """A part of a table of tuned configurations is left out."""
 
 
 class ShardWarning(UserWarning):

@@ -16,6 +16,7 @@ from ..op import OPS
 from ..passes.attend import attend
 from ..report.trace import GraphTrace
 from ..runtime.rows import row_dims_by_symbol
+from ..tuning import store
 from .launches import register_lowerings
 from .sizes import guards, keep_strides
 from .state import package_digest
@@ -49,7 +50,7 @@ class _JointPass(CustomGraphPass):
         if any(op.backends for op in OPS.values() if op.namespace != "fusionpass"):
             return None  # a user's kernel is not in the digest of our sources: no caching
         ids = [function.uuid() if isinstance(function, CustomGraphPass) else None for function in self.before]
-        return None if None in ids else (package_digest(), self.key, *map(str, ids))
+        return None if None in ids else (package_digest(), store.digest(), self.key, *map(str, ids))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..inductor import package_digest
+from ..tuning import store
 
 FORMAT = 1
 """The number of the cache's format; one more whenever its files, or what a payload is, change."""
@@ -54,6 +55,7 @@ def environment() -> tuple[str, ...]:
     return (
         f"format {FORMAT}",
         f"fusionpass {package_digest()}",
+        f"tables {store.digest()}",
         f"torch {torch.__version__} {torch.version.git_version}",
         f"triton {installed}",
         f"cuda {torch.version.cuda} hip {torch.version.hip}",

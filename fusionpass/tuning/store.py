@@ -1,91 +1,269 @@
-"""Measured cuts of the kernels that work by the row, by device: `configs/<device>.json`, of `python -m bench.tune`."""
+"""The one place where kernels ask how they are best cut: tuned tables, of the user and of the package.
+
+Files are read when a launch is planned, never at import and never while Dynamo traces: to Dynamo an op is one call.
+"""
 
 import functools
-import json
+import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import torch
 
 from ..arch import Arch
+from ..config import config_dir
+from ..errors import TuningError
+from .files import Entry, Name, measured, read
+from .names import from_file, warn_once
 
-DEVICES = {"sm_90": "h100"}
-"""The device whose measurements stand for a target."""
+C = TypeVar("C")
+
+STAND_IN = {"sm_90": "NVIDIA_H100_80GB_HBM3"}
+"""The device whose tables serve a target where its own device has none, or is not here."""
 
 
 @dataclass(frozen=True)
-class Cut:
-    """What one program of a kernel takes.
+class Found:
+    """What a look-up found.
 
-    Args:
-        rows: how many.
-        columns: of each; a power of two.
-        warps: that share them.
+    Attributes:
+        m: the number of rows that was measured.
+        entry: read-only; see `files`.
+        table: what the entry is of.
+        path: where it is.
     """
 
-    rows: int
-    columns: int
-    warps: int
+    m: int
+    entry: Entry
+    table: Name
+    path: Any
 
 
-def choose(rule: Cut, op: str, scheme: str | None, arch: Arch, tokens: int | None, width: int, itemsize: int) -> Cut:
-    """The cut that was measured to beat the kernel's own `rule` at this size, or the rule.
+def choose(
+    rule: C,
+    op: str,
+    key: Mapping[str, object],
+    arch: Arch,
+    m: int | None,
+    *,
+    near: str = "",
+    reach: float = math.inf,
+    refuse: Callable[[C], str | None] | None = None,
+) -> C | str:
+    """How a kernel is cut: as a table has it, or by `rule`.
 
     Args:
-        rule: the kernel's own choice.
-        op: its name.
-        scheme: the string of a scheme, or None; overrides do not count.
+        rule: the kernel's own choice, a dataclass of ints.
+        op: the name of the tables.
+        key: what the table is for, beside the number of rows; None and False count as left out.
         arch: the target.
-        tokens: rows; None where the count is symbolic: no single cell is right then.
-        width: columns of a row.
-        itemsize: bytes of an element of the input; two were measured.
-    """
-    cell = look_up(op, scheme, arch, tokens, width) if itemsize == 2 else None
-    return rule if cell is None or "rows" not in cell else Cut(cell["rows"], cell["columns"], cell["warps"])
-
-
-def look_up(op: str, scheme: str | None, arch: Arch, tokens: int | None, width: int) -> dict[str, Any] | None:
-    """The exception that was found for this size, if one was: files hold the cells where a rule is beaten, no others.
-
-    Counts of tokens stand for those within a factor of two, the nearest first. A width that was not measured takes the
-    nearest that was of those with the same power of two above, which are cut alike.
+        m: the number of rows; None where it is symbolic: the rule has to be good for any.
+        near: see `find`.
+        reach: see `find`.
+        refuse: why the kernel cannot be cut so; what a table says and the kernel cannot do is left, with a warning.
 
     Returns:
-        {"op", "scheme", "tokens", "width", "us"} and "rows", "columns", "warps", or "inductor_us"; or None.
+        The configuration; or why the kernel should not run at all, as something else was measured to be faster.
+
+    Raises:
+        TableError: a table for this key cannot be read.
     """
-    table = _table(arch.name)
-    if not tokens or not table:
+    imposed = _imposed.get()
+    if imposed is not None:
+        return imposed.answer(rule, Name.of(op, key, "").key, op, refuse)
+    found = find(op, key, arch, m, near=near, reach=reach) if m else None
+    if found is None or found.entry == {}:
+        return rule
+    if found.entry is None:
+        return _slower(found)
+    cut = from_file(rule, found.entry, str(found.path))
+    if refuse is not None and (reason := refuse(cut)):
+        warn_once(f"{found.path}: the entry of {found.m} is left out: {reason}")
+        return rule
+    return cut
+
+
+def find(
+    op: str, key: Mapping[str, object], arch: Arch, m: int, *, near: str = "", reach: float = math.inf
+) -> Found | None:
+    """The entry for `m` rows, of the nearest number that was measured: of two as near the larger, whose tile holds `m`.
+
+    A table of the user's stands in the place of one of the package's for the same key. Those of this device come first,
+    then those of the device that stands in for the target.
+
+    Args:
+        op: the name of the tables.
+        key: as in `choose`.
+        arch: the target.
+        m: the number of rows.
+        near: a field, of numbers, in which a table may differ, if the next power of two above is the same: the nearest
+            such table, of two the smaller.
+        reach: an entry does not stand for numbers of rows that differ from its own by more than this factor.
+    """
+    for device in _devices(arch):
+        name = Name.of(op, key, device)
+        tables = {**_index(_shipped()), **_index(config_dir())}.get((op, device), {})
+        chosen = _nearest(tables, name.key, near)
+        if chosen is None:
+            continue
+        entries = _entries(tables[chosen][1])
+        close = [n for n in entries if n <= m * reach and m <= n * reach]
+        if close:
+            n = min(close, key=lambda n: (abs(n - m), -n))
+            return Found(n, entries[n], *tables[chosen])
         return None
-
-    def far(count: int) -> float:
-        return abs(math.log2(count / tokens))
-
-    alike = [w for w in table["widths"] if (w - 1).bit_length() == (width - 1).bit_length()]
-    nearest = min(alike, key=lambda w: abs(w - width), default=None)
-    count = min(table["tokens"], key=far)
-    found: dict[str, Any] | None = None
-    if nearest is not None and far(count) <= 1:
-        found = table["cells"].get((op, scheme and scheme.partition(",")[0], count, nearest))
-    return found
+    return None
 
 
-def refuse(op: str, scheme: str | None, arch: Arch, tokens: int | None, width: int) -> str | None:
-    """Why Inductor's own code is the better choice for this size, by measurement, or None."""
-    cell = look_up(op, scheme, arch, tokens, width)
-    if cell is None or cell.get("inductor_us", math.inf) >= cell["us"]:
+def digest() -> str:
+    """A hash of the user's tables: what was compiled with others is compiled again."""
+    return _digest(config_dir())
+
+
+def forget() -> None:
+    """Read all tables again at the next look-up."""
+    for kept in (_index, _entries, _digest):
+        kept.cache_clear()
+
+
+@dataclass
+class Imposed:
+    """What plans are told to do while a kernel is tuned.
+
+    Attributes:
+        op: the tables that are asked for.
+        key: likewise.
+        cut: the answer; None: the rule.
+        rule: what the plan would have chosen, once it asked.
+    """
+
+    op: str
+    key: frozenset[tuple[str, str]]
+    cut: Any
+    rule: Any = field(default=None)
+
+    def answer(self, rule: C, key: frozenset[tuple[str, str]], op: str, refuse: Any) -> C | str:
+        """What `choose` returns: a kernel that asks for another table has its own rule."""
+        if (op, key) != (self.op, self.key):
+            return rule
+        self.rule = rule
+        if self.cut is None:
+            return rule
+        if refuse is not None and (reason := refuse(self.cut)):
+            return str(reason)
+        made: C = self.cut
+        return made
+
+
+_imposed: ContextVar[Imposed | None] = ContextVar("imposed", default=None)
+
+
+@contextmanager
+def imposing(op: str, key: Mapping[str, object], cut: Any) -> Iterator[Imposed]:
+    """Plans take `cut` where they ask for this table, and their own rule elsewhere; None: everywhere.
+
+    Raises:
+        TuningError: no plan asked for it: then its table would never be read.
+    """
+    given = Imposed(op, Name.of(op, key, "").key, cut)
+    token = _imposed.set(given)
+    try:
+        yield given
+    finally:
+        _imposed.reset(token)
+    if given.rule is None:
+        asked = ", ".join(f"{name}={value}" for name, value in sorted(given.key))
+        raise TuningError(f"no plan asks for {asked}", op, "Compare the key with that of the plan's choose()")
+
+
+def device_here() -> str | None:
+    """The name of the current device, as tables have it; None where this process uses none."""
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
-    figures = f"{cell['inductor_us']:.2f} against {cell['us']:.2f} µs at {cell['tokens']} × {cell['width']}"
-    return f"inductor: measured faster ({figures} on {DEVICES[arch.name]})"
+    return _device_name(torch.cuda.current_device())
 
 
 @functools.cache
-def _table(arch: str) -> Mapping[str, Any]:
-    device = DEVICES.get(arch)
-    path = files(__package__) / "configs" / f"{device}.json"
-    return indexed(json.loads(path.read_text())) if device is not None and path.is_file() else {}
+def _device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index).replace(" ", "_")
 
 
-def indexed(record: dict[str, Any]) -> dict[str, Any]:
-    """A file's record with its cells by (op, scheme, tokens, width)."""
-    return {**record, "cells": {(c["op"], c["scheme"], c["tokens"], c["width"]): c for c in record["cells"]}}
+def _devices(arch: Arch) -> Iterator[str]:
+    here = device_here()
+    if here is not None and Arch.of(torch.device("cuda")) == arch:
+        yield here
+    if STAND_IN.get(arch.name) not in (None, here):
+        yield STAND_IN[arch.name]
+
+
+def _shipped() -> Any:
+    return files(__package__) / "configs"
+
+
+_Tables = dict[frozenset[tuple[str, str]], tuple[Name, Any]]
+
+
+@functools.cache
+def _index(folder: Any) -> dict[tuple[str, str], _Tables]:
+    """Every table of a folder by op and device, then by key, with where it is. None is opened."""
+    found: dict[tuple[str, str], _Tables] = {}
+    for path in _children(folder):
+        for inner, file in [("", path)] if path.is_file() else [(path.name, file) for file in _children(path)]:
+            name = Name.parse(inner, file.name)
+            if name is not None:
+                found.setdefault((name.op, name.device), {})[name.key] = name, file
+    return found
+
+
+@functools.cache
+def _digest(folder: Path | None) -> str:
+    made = hashlib.sha256()
+    for tables in _index(folder).values():
+        for name, path in tables.values():
+            made.update(f"{name}\n".encode() + path.read_bytes())
+    return made.hexdigest()
+
+
+def _children(folder: Traversable | None) -> list[Traversable]:
+    return sorted(folder.iterdir(), key=lambda path: path.name) if folder is not None and folder.is_dir() else []
+
+
+@functools.cache
+def _entries(path: Any) -> Mapping[int, Entry]:
+    entries, others = read(path)
+    if others:
+        warn_once(f"{path}: keys that are no numbers of rows are left out: {', '.join(sorted(others))}")
+    return MappingProxyType({m: None if e is None else MappingProxyType(e) for m, e in entries.items()})
+
+
+def _nearest(tables: _Tables, key: frozenset[tuple[str, str]], near: str) -> frozenset[tuple[str, str]] | None:
+    if key in tables or not near:
+        return key if key in tables else None
+    wanted = int(dict(key)[near])
+    rest = frozenset(part for part in key if part[0] != near)
+    sizes = {}
+    for other in tables:
+        size = dict(other).get(near, "")
+        alike = size.isdecimal() and (int(size) - 1).bit_length() == (wanted - 1).bit_length()
+        if alike and other - {(near, size)} == rest:
+            sizes[int(size)] = other
+    return sizes[min(sizes, key=lambda size: (abs(size - wanted), size))] if sizes else None
+
+
+def _slower(found: Found) -> str:
+    """Why an entry that is null says no, with the figures where its metadata have them."""
+    record = measured(found.path).get(found.m, {}) if isinstance(found.path, Path) else {}
+    beside = {str(name): us for name, us in record.get("beside_us", {}).items()}
+    where = f"at {found.m} rows, {','.join(f'{k}={v}' for k, v in found.table.fields)}, on {found.table.device}"
+    if not beside:
+        return f"something else was measured faster {where}"
+    best = min(beside, key=lambda name: beside[name])
+    return f"{best}: measured faster ({beside[best]:.2f} against {record['us']:.2f} µs {where})"

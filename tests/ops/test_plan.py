@@ -15,7 +15,9 @@ from fusionpass.ops.activation.triton import configure as configure_activation
 from fusionpass.ops.norm.triton import configure
 from fusionpass.ops.quant.scheme import Scheme
 from fusionpass.tuning import store
-from fusionpass.tuning.store import Cut
+from fusionpass.tuning.files import Name, merge
+from fusionpass.tuning.names import to_file
+from fusionpass.tuning.rows import Cut, row_key
 
 H100 = Arch("sm_90")
 
@@ -119,10 +121,10 @@ def test_how_the_norm_is_cut(rows, width, itemsize, expected):
     assert (other.rows, other.warps * 2) == (expected.rows, expected.warps)
 
 
-def test_measured_cells_overrule_the_rule(monkeypatch):
-    cell = {"op": "add_rms_norm_quantize", "scheme": "fp8_static", "tokens": 4, "width": 64, "us": 1.0}
-    record = {"tokens": [4], "widths": [64], "cells": [{**cell, "rows": 2, "columns": 64, "warps": 1}]}
-    monkeypatch.setattr(store, "_table", lambda arch: store.indexed(record))
+def test_measured_cells_overrule_the_rule(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUSIONPASS_CONFIG_DIR", str(tmp_path))
+    name = Name.of("add_rms_norm_quantize", row_key("fp8_static", 64, 2), store.STAND_IN["sm_90"])
+    merge(tmp_path, name, {4: to_file(Cut(2, 64, 1))}, {})
 
     def cut(op, **changes):
         launch, _ = op.plan(H100, sample(op, **changes))

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from fusionpass.aot import compile_launch
 from fusionpass.ops.quant.triton import configure, refuse_scheme, scheme_constants
-from fusionpass.tuning.store import Cut
+from fusionpass.tuning.rows import Cut
 
 H100 = Arch("sm_90")
 ARCHS = ("sm_90", "sm_100", "gfx942", "gfx950")

@@ -1,6 +1,7 @@
 """What the kernels' plans refuse: one case for each reason, on tensors that are never read."""
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from fusionpass.ops import (
     silu_mul_quantize,
 )
 from fusionpass.tuning import store
+from fusionpass.tuning.files import Name, merge
+from fusionpass.tuning.rows import row_key
 
 pytest.importorskip("triton")
 
@@ -142,10 +145,11 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned(rms_norm) == (None, "triton: triton is not installed here")
 
 
-def test_a_cell_that_was_measured_faster_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = {"op": "rms_norm", "scheme": None, "tokens": 4, "width": WIDTH, "us": 3.0, "inductor_us": 2.5}
-    record = {"tokens": [4], "widths": [WIDTH], "cells": [cell]}
-    monkeypatch.setattr(store, "_table", lambda arch: store.indexed(record))
-    reason = "triton: inductor: measured faster (2.50 against 3.00 µs at 4 × 64 on h100)"
+def test_a_cell_that_was_measured_faster_without_a_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FUSIONPASS_CONFIG_DIR", str(tmp_path))
+    name = Name.of("rms_norm", row_key(None, WIDTH, 2), store.STAND_IN["sm_90"])
+    merge(tmp_path, name, {4: None}, {4: {"us": 3.0, "beside_us": {"inductor": 2.5}}})
+    where = "at 4 rows, width=64,bytes=2, on NVIDIA_H100_80GB_HBM3"
+    reason = f"triton: inductor: measured faster (2.50 against 3.00 µs {where})"
     assert planned(rms_norm) == (None, reason)
     assert planned(rms_norm, x=zeros(9, WIDTH))[0] is not None

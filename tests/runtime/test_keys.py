@@ -65,6 +65,7 @@ def test_everything_that_code_depends_on_is_in_the_environment(monkeypatch):
         (torch.backends.cpu, "get_cpu_capability", lambda: "OTHER"),
         (torch.cpu, "get_capabilities", lambda: {"amx_tile": True}),
         (keys, "package_digest", lambda: "other"),
+        (keys.store, "digest", lambda: "other"),
         (keys, "FORMAT", 99),
     ]
     for holder, name, value in changes:

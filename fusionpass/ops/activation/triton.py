@@ -10,8 +10,7 @@ import triton.language as tl
 
 from ...arch import Arch
 from ...launch import Empty, Launch
-from ...tuning import store
-from ...tuning.store import Cut
+from ...tuning.rows import Cut, choose_rows
 from ..derive import MORE
 from ..pdl import pdl_launch, pdl_wait
 from ..quant.epilogue import (
@@ -267,7 +266,11 @@ def _plan(
     )
     name += "_quantize" * (codes is not None)
     size = (arch, static(rows), width)
-    cut = store.choose(configure(arch, codes, *size[1:]), name, scheme, *size, gate.element_size())
+    rule, whole = configure(arch, codes, *size[1:]), codes is not None and codes.granularity == "token"
+    fewest = fewest_columns(codes)
+    cut = choose_rows(rule, name, scheme, *size, gate.element_size(), whole=whole, fewest=fewest, most_rows=1)
+    if isinstance(cut, str):
+        return cut
     made = code_outputs(codes, shape)
     outputs = {
         "q": made["q"],

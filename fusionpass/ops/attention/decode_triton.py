@@ -9,6 +9,8 @@ import triton
 
 from ...arch import Arch
 from ...launch import Empty, Launch
+from ...tuning.names import no_power_of_two
+from ...tuning.store import choose
 from ..rows import known, static
 from .decode import WIDEST
 from .decode_kernel import combine_kernel, decode_kernel
@@ -51,6 +53,18 @@ def configure(arch: Arch, kv_heads: int | None, positions: int | None, width: in
     blocks = max(1, math.ceil(positions / block))
     longest = math.ceil(blocks / most)
     return Cut(block, math.ceil(blocks / longest), 4)
+
+
+def table_key(kv_heads: int, rows: int, width: int, positions: int | None) -> dict[str, object]:
+    """What tables are for: heads of one sequence, rows that share one, its columns, and positions of the cache."""
+    return {"kv_heads": kv_heads, "rows": rows, "head_dim": width, "positions": positions}
+
+
+def refuse_cut(cut: Cut) -> str | None:
+    """Why the kernels cannot be cut so."""
+    if cut.block < 16:
+        return f"BLOCK: the matrix units take 16 positions, not {cut.block}"
+    return no_power_of_two(cut, "block", "warps")
 
 
 def _refuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> str | None:
@@ -114,7 +128,12 @@ def plan_attention(
     group = heads // kv_heads
     rows = max(16, triton.next_power_of_2(group * tokens))
     one_mask = (group == 1 or known(mask_strides[1] == 0)) and (tokens == 1 or known(mask_strides[2] == 0))
-    cut = configure(arch, static(batch * kv_heads), static(positions), max(width, v_width))
+    rule = configure(arch, static(batch * kv_heads), static(positions), max(width, v_width))
+    key = table_key(kv_heads, group * tokens, max(width, v_width), static(positions))
+    measured = static(batch) if static(positions) is not None else None
+    cut = choose(rule, "attention", key, arch, measured, near="positions", reach=2, refuse=refuse_cut)
+    if isinstance(cut, str):
+        return cut
     shape = (batch, heads, tokens, v_width)
     out = Empty(shape, q.dtype, (tokens * heads * v_width, v_width, heads * v_width, 1))
     each = (batch, tokens, heads, cut.splits)

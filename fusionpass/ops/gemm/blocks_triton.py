@@ -9,6 +9,8 @@ import triton.language as tl
 
 from ...arch import Arch
 from ...launch import Empty, Late, Launch
+from ...tuning.names import no_power_of_two
+from ...tuning.store import choose
 from ..quant.scheme import Scheme
 from ..rows import known, static
 from . import OUTPUTS
@@ -88,6 +90,36 @@ def kind_of(kind: Scheme) -> str:
     return "int8_block128" if kind.dtype == torch.int8 else "fp8_block128"
 
 
+def table_key(kind: str, columns: int, k: int) -> dict[str, object]:
+    """What tables are for: those of blocks are named as other systems name theirs.
+
+    Args:
+        kind: of `kind_of`.
+        columns: rows of `b`.
+        k: codes of a row.
+    """
+    dtype, _, block = kind.partition("_block")
+    shape = {"block_shape": [int(block), int(block)]} if block else {}
+    return {"N": columns, "K": k, "dtype": f"{dtype}_w8a8" if block else kind, **shape}
+
+
+def refuse_cut(cut: Cut, group: int, by_sum: bool) -> str | None:
+    """Why the kernel cannot be cut so.
+
+    Args:
+        cut: the configuration.
+        group: bytes that share a scale.
+        by_sum: the sum of each group is scaled.
+    """
+    if cut.rows > 1 and (cut.rows < 16 or cut.columns < 16 or cut.depth < 32):
+        return f"tile: the matrix units take 16 by 16 of 32 bytes, not {cut.rows} by {cut.columns} of {cut.depth}"
+    if cut.rows > 1 and by_sum and cut.depth > group:
+        return f"BLOCK_SIZE_K: {group} bytes share a scale, and {cut.depth} would be summed"
+    if not by_sum and cut.depth < group:
+        return f"BLOCK_SIZE_K: {group} bytes share a scale, more than {cut.depth}"
+    return no_power_of_two(cut, "rows", "columns", "depth", "warps")
+
+
 def _refuse(arch: Arch, kind: Scheme, tensors: dict[str, torch.Tensor | None], k: Any) -> str | None:
     """Why the kernel cannot multiply these."""
     a = tensors["a"]
@@ -136,7 +168,16 @@ def plan(
         return Late("few rows are cut in other ways than many")
     group = (group_of(kinds[0]) or 1) // (2 if kinds[0].packed else 1)
     by_sum = group == 128
-    cut = configure(arch, rows, columns, depths, group if by_sum else 128)
+    cut = choose(
+        configure(arch, rows, columns, depths, group if by_sum else 128),
+        "block_scaled_mm",
+        table_key(kind_of(kinds[0]), columns, depths * (2 if kinds[0].packed else 1)),
+        arch,
+        rows,
+        refuse=lambda cut: refuse_cut(cut, group, by_sum),
+    )
+    if isinstance(cut, str):
+        return cut
     split = cut.splits > 1
     out, wide = Empty((rows, columns), OUTPUTS[out_dtype]), tl.float16 if kinds[0].packed else tl.bfloat16
     finish = {

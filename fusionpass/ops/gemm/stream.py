@@ -8,6 +8,8 @@ import triton
 
 from ...arch import Arch
 from ...launch import Empty, Late, Launch
+from ...tuning.names import no_power_of_two
+from ...tuning.store import choose
 from ..rows import known, static
 from . import OUTPUTS, is_single
 from .dispatch import Request, why_not
@@ -54,6 +56,15 @@ def configure(arch: Arch, rows: int, columns: int, k: int) -> Cut:
     if rows <= 32 and (splits > 1 or programs > count):
         return Cut(64, 256, splits, stages=3)
     return Cut(64, 128, splits, stages=6)
+
+
+def refuse_cut(cut: Cut, rows: int, itemsize: int) -> str | None:
+    """Why a product of so many rows, of elements of `itemsize` bytes, cannot be cut so."""
+    if rows > 1 and (cut.columns < 16 or cut.depth < 32):
+        return f"tile: the matrix units take 16 columns of 32 bytes, not {cut.columns} of {cut.depth}"
+    if cut.depth < itemsize:
+        return f"BLOCK_SIZE_K: {cut.depth} bytes hold no element"
+    return no_power_of_two(cut, "columns", "depth", "warps")
 
 
 def _refuse(
@@ -174,7 +185,17 @@ def _plan(
     if rows is None:
         return Late("few rows have a kernel, more go to cuBLAS")
     columns = [weight.b.shape[1] for weight in weights]
-    cut = configure(arch, rows, sum(columns), k)
+    kind = _kind(a, a_scale, weights[0].scale)
+    cut = choose(
+        configure(arch, rows, sum(columns), k),
+        "linear_bf16_fp32" if a_scale is None else "scaled_mm",
+        {"N": sum(columns), "K": k, "dtype": kind},
+        arch,
+        rows,
+        refuse=lambda cut: refuse_cut(cut, rows, a.element_size()),
+    )
+    if isinstance(cut, str):
+        return cut
     depth = cut.depth // a.element_size()  # as many bytes
     split = cut.splits > 1
     matrices: dict[str, Any] = {}

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ...arch import Arch
 from ...launch import Empty, Launch
-from ...tuning import store
+from ...tuning.rows import choose_rows
 from ..activation.triton import activated, sigmoid
 from ..derive import MORE
 from ..pdl import pdl_launch, pdl_wait
@@ -192,7 +192,9 @@ def plan_gated_rms_norm(
         return f"groups of {span} columns: rows in registers divide by powers of two"
     size = (arch, static(rows), width)
     name = "gated_rms_norm" if scheme is None else "gated_rms_norm_quantize"
-    cut = store.choose(configure(*size, x.element_size()), name, scheme, *size, x.element_size())
+    cut = choose_rows(configure(*size, x.element_size()), name, scheme, *size, x.element_size(), whole=True)
+    if isinstance(cut, str):
+        return cut
     widening = weight if (gating, rounding) == ("before", BEFORE) else None
     dtype = x.dtype if widening is None else torch.promote_types(x.dtype, widening.dtype)
     made = code_outputs(codes, shape)

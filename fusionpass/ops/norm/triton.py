@@ -9,8 +9,7 @@ import triton
 
 from ...arch import Arch
 from ...launch import Empty, Launch
-from ...tuning import store
-from ...tuning.store import Cut
+from ...tuning.rows import Cut, choose_rows
 from ..derive import MORE
 from ..quant.epilogue import code_outputs, covered_rows, fewest_columns, refuse_scheme, scheme_constants
 from ..quant.scheme import Scheme
@@ -152,9 +151,9 @@ def _plan(
     parts = {"add": residual is not None, f"{kind}_norm": kind, "quantize": scheme}
     name = "_".join(part for part, there in parts.items() if there)
     size = (arch, static(rows), width)
-    cut = store.choose(configure(*size, x.element_size()), name, scheme, *size, x.element_size())
-    if reason := store.refuse(name, scheme, *size):
-        return reason
+    cut = choose_rows(configure(*size, x.element_size()), name, scheme, *size, x.element_size(), whole=True)
+    if isinstance(cut, str):
+        return cut
     codes = None if scheme is None else Scheme.parse(scheme)
     # A weight of another dtype, multiplied behind the rounding, makes the norm wider.
     plain = x.dtype if weight is None or not kind or rounding != BEFORE else torch.promote_types(x.dtype, weight.dtype)

@@ -10,8 +10,7 @@ import triton.language as tl
 
 from ...arch import Arch
 from ...launch import Launch
-from ...tuning import store
-from ...tuning.store import Cut
+from ...tuning.rows import Cut, choose_rows
 from ..pdl import pdl_launch, pdl_wait
 from ..rows import FLOATS, known, row_count, row_stride, static
 from .epilogue import (
@@ -112,7 +111,11 @@ def plan_quantize(
         width = stride = FLAT_ROW
         rows = (elements + FLAT_ROW - 1) // FLAT_ROW
     rule = configure(arch, kind, static(rows), width, x.element_size())
-    cut = store.choose(rule, "quantize", scheme, arch, static(row_count(x)), x.shape[-1], x.element_size())
+    size = (arch, static(row_count(x)), x.shape[-1], x.element_size())
+    whole, fewest = not kind.static and kind.group is None, fewest_columns(kind)
+    cut = choose_rows(rule, "quantize", scheme, *size, whole=whole, fewest=fewest)
+    if isinstance(cut, str):
+        return cut
     return Launch(
         quantize_kernel,
         ((covered_rows(kind, rows) + cut.rows - 1) // cut.rows * triton.cdiv(width, cut.columns),),

@@ -9,6 +9,8 @@ import triton
 
 from ...arch import Arch
 from ...launch import Empty, Launch
+from ...tuning.names import no_power_of_two
+from ...tuning.store import choose
 from ..norm import BEFORE
 from ..rows import FLOATS, known, static
 from . import DEINTERLEAVED, EACH, HALF, INTERLEAVED, LAST
@@ -33,7 +35,7 @@ class _Rows:
 
 
 @dataclass(frozen=True)
-class _Cut:
+class Cut:
     """How the kernel is cut: heads and tokens per program, and warps."""
 
     heads: int
@@ -41,7 +43,7 @@ class _Cut:
     warps: int
 
 
-def configure(arch: Arch, heads: int, rows: int | None, width: int) -> _Cut:
+def configure(arch: Arch, heads: int, rows: int | None, width: int) -> Cut:
     """The cut on `arch` for `rows` rows of heads (None: any number) of `width` columns, `heads` a token at least.
 
     A program takes 1024 elements, in halves of heads of which a thread takes 16 bytes: of several heads where rows are
@@ -52,7 +54,17 @@ def configure(arch: Arch, heads: int, rows: int | None, width: int) -> _Cut:
     few = rows is not None and rows <= FEW
     shared = min(together, triton.next_power_of_2(heads)) if few else 1
     tokens = max(1, together // shared)
-    return _Cut(shared, tokens, max(1, min(8, shared * tokens * block // 16 // arch.warp_size)))
+    return Cut(shared, tokens, max(1, min(8, shared * tokens * block // 16 // arch.warp_size)))
+
+
+def table_key(heads: int, key_heads: int, width: int) -> dict[str, object]:
+    """What tables are for: heads of the queries and of the keys, if there are, and the columns of each."""
+    return {"heads": heads, "kv_heads": key_heads or None, "head_dim": width}
+
+
+def refuse_cut(cut: Cut) -> str | None:
+    """Why the kernel cannot be cut so."""
+    return no_power_of_two(cut, "heads", "tokens", "warps")
 
 
 def plan_one(arch: Arch, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **arguments: Any) -> Launch | str:
@@ -241,7 +253,15 @@ def _plan(
     made, made_rows = _out(keys, k.shape, dtype, axes, in_order) if k is not None and k_out else (None, None)
     tokens = shape.groups * shape.tokens
     count = static(tokens)
-    cut = configure(arch, min(heads, key_heads or heads), None if count is None else count * (heads + key_heads), width)
+    rule = configure(
+        arch, min(heads, key_heads or heads), None if count is None else count * (heads + key_heads), width
+    )
+    parts = {"qk": k is not None, "norm": normed, "rope": cos is not None, "cache": k_cache is not None}
+    name = "_".join(part for part, there in parts.items() if there)
+    key = table_key(heads, key_heads, width)
+    cut = choose(rule, name, key, arch, count, reach=2, refuse=refuse_cut)
+    if isinstance(cut, str):
+        return cut
     key_blocks = -(-key_heads // cut.heads)
     blocks = -(-heads // cut.heads) + key_blocks * (2 if v is not None else 1)
     outputs = {"q_out": q_out, "k_cache": k_cache, "v_cache": v_cache, "k_out": made}

@@ -1,0 +1,67 @@
+"""Cuts of the kernels that work by the row: norms, activations, quantisations."""
+
+from dataclasses import dataclass
+
+from ..arch import Arch
+from .names import no_power_of_two
+from .store import choose
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What one program of a kernel that works by the row takes.
+
+    Args:
+        rows: how many.
+        columns: of each; a power of two.
+        warps: that share them.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def row_key(scheme: str | None, width: int, itemsize: int) -> dict[str, object]:
+    """What tables of kernels that work by the row are for; the overrides of a scheme do not count."""
+    return {"width": width, "scheme": scheme and scheme.partition(",")[0], "bytes": itemsize}
+
+
+def choose_rows(
+    rule: Cut,
+    op: str,
+    scheme: str | None,
+    arch: Arch,
+    rows: int | None,
+    width: int,
+    itemsize: int,
+    *,
+    whole: bool,
+    fewest: int = 1,
+    most_rows: int | None = None,
+) -> Cut | str:
+    """`choose` for kernels that work by the row; a count stands for those within a factor of two.
+
+    Args:
+        rule: the kernel's own choice.
+        op: its name.
+        scheme: the string of a scheme, or None.
+        arch: the target.
+        rows: how many; None where the number is symbolic.
+        width: columns of a row.
+        itemsize: bytes of an element of the input.
+        whole: a program needs whole rows.
+        fewest: columns that it needs, at least.
+        most_rows: that it can take; None: any number.
+    """
+
+    def refuse(cut: Cut) -> str | None:
+        if whole and cut.columns != rule.columns:
+            return f"columns: a program needs whole rows, {rule.columns} columns, not {cut.columns}"
+        if cut.columns < fewest:
+            return f"columns: a program needs {fewest}, a whole group, not {cut.columns}"
+        if most_rows is not None and cut.rows > most_rows:
+            return f"rows: a program takes {most_rows}, not {cut.rows}"
+        return no_power_of_two(cut, "rows", "columns", "warps")
+
+    return choose(rule, op, row_key(scheme, width, itemsize), arch, rows, near="width", reach=2, refuse=refuse)
