@@ -66,6 +66,9 @@ def configure(arch: Arch, rows: int, columns: int, depths: int, most: int) -> Cu
     return Cut(128, 128, min(most, 128), grouped=8, warps=8, stages=stages)
 
 
+NEWER = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+"""Whether this Triton compiles products of scaled FP4 for sm_121: 3.6 does for sm_120 alone."""
+
 PLAIN: dict[str, Any] = {
     "order": None, "experts": None, "b_expert": 0, "b_scale_expert": 0, "TOP": 1, "ACT": None, "SUMMED": 128,
 }  # fmt: skip
@@ -78,6 +81,8 @@ def native(arch: Arch, kind: Scheme, cut: Cut) -> bool:
         return False
     if arch.capability in (100, 103):  # by 128 columns of the tensor memory
         return cut.columns >= 128
+    if arch.capability == 121 and kind.packed:
+        return NEWER
     return arch.capability in (120, 121) or (arch.name == "gfx950" and not kind.packed)
 
 

@@ -229,6 +229,8 @@ def _product(
         wide = None if group == 128 else triton.language.float16 if kind.packed else triton.language.bfloat16
         own = native(arch, kind, cut)
     depths = b.shape[2]
+    # Triton 3.6 cannot stage two products of unpacked codes at once in tensor memory.
+    stages = 1 if act and wide is not None and arch.capability in (100, 103) else cut.stages
     blocks = shared["experts"].shape[0]
     return Launch(
         block_kernel,
@@ -268,6 +270,6 @@ def _product(
         },
         returns=(),
         num_warps=cut.warps,
-        num_stages=cut.stages,
+        num_stages=stages,
         pdl=arch.has_pdl,
     )
