@@ -9,6 +9,7 @@ from fusionpass.arch import Arch
 from fusionpass.launch import Launch
 from fusionpass.ops import dequantize, experts, quantize
 from fusionpass.ops.moe import weight_scheme
+from fusionpass.ops.moe.triton import resolve
 from fusionpass.ops.quant.scheme import Scheme
 from tests.kernels import poisoned
 
@@ -111,7 +112,8 @@ def check_mixture(arch: Arch, arguments: dict[str, Any], cuts: Any = None, **cha
     """
     import dataclasses
 
-    with mock.patch("fusionpass.ops.moe.triton.configure", side_effect=cuts) if cuts else mock.MagicMock():
+    made = mock.patch("fusionpass.ops.moe.triton.cuts_of", return_value=resolve(*cuts)) if cuts else mock.MagicMock()
+    with made:
         launch, reason = experts.plan(arch, arguments)
     assert isinstance(launch, Launch), reason
     if changes:

@@ -1,7 +1,10 @@
 """experts: what it computes, what its kernels refuse, and their code for targets that are not here."""
 
+import json
 import re
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +15,11 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from fusionpass import Config
 from fusionpass.aot import compile_launch
 from fusionpass.arch import Arch
-from fusionpass.errors import ArgumentError
+from fusionpass.errors import ArgumentError, TableWarning
 from fusionpass.launch import Late, Launch
 from fusionpass.ops import experts
 from fusionpass.session import Session
+from fusionpass.tuning.store import forget
 from tests.fake_gpu import codegen, needs_cuda_build
 from tests.moe import SCHEMES, exact, mixture
 
@@ -149,17 +153,54 @@ def test_one_order_for_both_products() -> None:
         assert resolve(up, Cut(16, 32, 64)).reason == ""
 
 
-def test_the_override_reaches_the_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+def table(folder: Path, name: str, **entry: int) -> None:
+    (folder / name).write_text(json.dumps({"40": entry}))
+    forget()
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Tables of the user's, which nothing else sees."""
+    monkeypatch.setenv("FUSIONPASS_CONFIG_DIR", str(tmp_path))
+    yield tmp_path
+    forget()
+
+
+def test_the_override_reaches_the_launches(tables: Path) -> None:
     """The order is padded for the rows of the first product; a second with others would read beside it."""
-    asked = iter([Cut(16, 64, 64), Cut(64, 128, 64, warps=8)])
-    monkeypatch.setattr("fusionpass.ops.moe.triton.configure", lambda *arguments: next(asked))
+    device = "device_name=NVIDIA_H100_80GB_HBM3"
+    table(tables, f"E=6,N=32,{device}.json", BLOCK_SIZE_M=32, BLOCK_SIZE_N=16, BLOCK_SIZE_K=64, num_warps=2)
+    launch, _ = plan(mixture(40, 64, 32))
+    assert [(one.args["ROWS"], one.args["COLUMNS"]) for one in launch.before if "COLUMNS" in one.args] == [
+        (32, 16),
+        (32, 32),
+    ]
+    assert launch.note == ""
+    table(tables, f"E=6,N=32,{device}_down.json", BLOCK_SIZE_M=64, BLOCK_SIZE_N=64, BLOCK_SIZE_K=32, num_warps=8)
     with pytest.warns(CutWarning):
         launch, _ = plan(mixture(40, 64, 32))
     align, up, down = launch.before
-    assert [one.args["ROWS"] for one in launch.before] == [16, 16, 16]
-    assert align.args["order"].shape == (16 * align.args["blocks"],)
+    assert [one.args["ROWS"] for one in launch.before] == [32, 32, 32]
+    assert align.args["order"].shape == (32 * align.args["blocks"],)
     assert up.args["order"] is down.args["order"] is align.args["order"]
-    assert launch.note == "the second product takes 16 rows a block, as the first, not 64"
+    assert (up.num_warps, down.num_warps, down.args["COLUMNS"], down.args["DEPTH"]) == (2, 8, 64, 32)
+    assert launch.note == "the second product takes 32 rows a block, as the first, not 64"
+
+
+def test_what_the_products_cannot_be_cut_as(tables: Path) -> None:
+    device = "device_name=NVIDIA_H100_80GB_HBM3"
+    for name, entry, reason in (
+        ("", {"BLOCK_SIZE_M": 1}, "tile: mixtures have no program for single rows"),
+        ("", {"BLOCK_SIZE_M": 16, "SPLITS": 2}, "SPLITS: mixtures are not split along K, 2 ways"),
+        (",dtype=fp8_w8a8,block_shape=[128, 128]", {"BLOCK_SIZE_K": 256}, "BLOCK_SIZE_K: 128 bytes share a scale"),
+        (",dtype=mxfp8", {"BLOCK_SIZE_K": 16}, "the matrix units take"),
+    ):
+        scheme = {"": "", ",dtype=mxfp8": "mxfp8"}.get(name, "fp8_group128")
+        table(tables, f"E=6,N=128,{device}{name}.json", **entry)
+        with pytest.warns(TableWarning, match=reason):
+            launch, _ = plan(mixture(40, 128, 128, scheme=scheme))
+        up = next(one for one in launch.before if "WIDE" in one.args)
+        assert up.args["ROWS"] == configure(H100, 80, 6, 128, 1 if scheme else 2).rows
 
 
 @pytest.mark.parametrize("rows", [16, 64])
@@ -174,7 +215,7 @@ def test_there_are_enough_blocks(pairs: int, count: int, rows: int) -> None:
 
 
 def test_rows_follow_the_pairs_of_an_expert() -> None:
-    rows = [configure(H100, pairs, 128, 768, 2, True).rows for pairs in (8, 2048, 4096, 65536)]
+    rows = [configure(H100, pairs, 128, 768, 2).rows for pairs in (8, 2048, 4096, 65536)]
     assert rows == [16, 16, 32, 64]
 
 

@@ -10,9 +10,10 @@ import triton
 
 from ...arch import Arch
 from ...launch import Empty, Late, Launch
+from ...tuning.store import choose
 from ..gemm.blocks import group_of
 from ..gemm.blocks_kernel import block_kernel
-from ..gemm.blocks_triton import Cut, native
+from ..gemm.blocks_triton import Cut, native, refuse_cut
 from ..quant.scheme import Scheme
 from ..quant.triton import plan_quantize
 from ..rows import known, static
@@ -39,8 +40,8 @@ class Resolved:
     reason: str = ""
 
 
-def configure(arch: Arch, pairs: int, experts: int, columns: int, itemsize: int, gated: bool) -> Cut:
-    """The cut of a product. Not measured.
+def configure(arch: Arch, pairs: int, experts: int, columns: int, itemsize: int) -> Cut:
+    """The cut of the first product, which makes two at once. Not measured.
 
     Args:
         arch: the target.
@@ -48,13 +49,69 @@ def configure(arch: Arch, pairs: int, experts: int, columns: int, itemsize: int,
         experts: how many there are.
         columns: of the result.
         itemsize: bytes of an element, or a code.
-        gated: whether two products are made at once.
     """
     rows = max(16, min(64, triton.next_power_of_2(-(-pairs // experts))))
-    wide = min(64 if gated or rows <= 32 else 128, max(16, triton.next_power_of_2(columns)))
-    warps = 8 if rows * wide * (2 if gated else 1) >= 64 * 128 else 4
+    wide = min(64, max(16, triton.next_power_of_2(columns)))
     stages = 2 if arch.is_rocm else 4 if rows <= 32 else 3
-    return Cut(rows, wide, 128 // itemsize, grouped=4, warps=warps, stages=stages)
+    return Cut(rows, wide, 128 // itemsize, grouped=4, warps=8 if rows * wide >= 64 * 64 else 4, stages=stages)
+
+
+def follow(up: Cut, columns: int) -> Cut:
+    """The cut of the second product: as the first, with as many sums a program."""
+    return dataclasses.replace(up, columns=min(2 * up.columns, max(16, triton.next_power_of_2(columns))))
+
+
+def table_key(scheme: str, experts: int, columns: int, down: bool) -> dict[str, object]:
+    """What tables are for, named as other systems name theirs; M is the number of tokens.
+
+    Args:
+        scheme: as in `experts`.
+        experts: how many there are.
+        columns: of what is between the products.
+        down: of the second product.
+    """
+    kind = Scheme.parse(scheme) if scheme else None
+    dtype: str | None = None
+    block = None
+    if kind is not None:
+        own = kind.packed or group_of(kind) == 32
+        dtype = scheme.partition(",")[0] if own else "int8_w8a8" if kind.dtype == torch.int8 else "fp8_w8a8"
+        block = [128, 128] if group_of(kind) == 128 else None
+    return {"E": experts, "N": columns, "dtype": dtype, "block_shape": block, "down": down}
+
+
+def cuts_of(
+    arch: Arch, tokens: int, top: int, sizes: tuple[int, int, int], scheme: str, itemsize: int
+) -> Resolved | str:
+    """How both products are cut, by tables or by rule; or why the kernels should not run.
+
+    Args:
+        arch: the target.
+        tokens: how many.
+        top: experts of each.
+        sizes: how many experts there are, columns between the products, and of the result.
+        scheme: as in `experts`.
+        itemsize: bytes of an element, or a code.
+    """
+    count, inner, width = sizes
+    group = group_of(Scheme.parse(scheme)) if scheme else None
+    by_sum, packed = group == 128, bool(scheme) and Scheme.parse(scheme).packed
+    step = 1 if group is None else group // (2 if packed else 1)
+
+    def refuse(cut: Cut) -> str | None:
+        if cut.rows == 1:
+            return "tile: mixtures have no program for single rows"
+        if cut.splits != 1:
+            return f"SPLITS: mixtures are not split along K, {cut.splits} ways or any"
+        return refuse_cut(cut, step, by_sum)
+
+    rule = configure(arch, tokens * top, count, inner, itemsize)
+    up = choose(rule, "experts", table_key(scheme, count, inner, False), arch, tokens, refuse=refuse)
+    if isinstance(up, str):
+        return up
+    rule = follow(up, width)
+    down = choose(rule, "experts", table_key(scheme, count, inner, True), arch, tokens, refuse=refuse)
+    return down if isinstance(down, str) else resolve(up, down)
 
 
 def resolve(up: Cut, down: Cut) -> Resolved:
@@ -127,8 +184,9 @@ def plan(
         return Late("few tokens are cut in other ways than many")
     count, width, pairs = up.shape[0], down.shape[1], tokens * top
     inner = up.shape[1] // 2
-    size = up.element_size()
-    made = resolve(configure(arch, pairs, count, inner, size, True), configure(arch, pairs, count, width, size, False))
+    made = cuts_of(arch, tokens, top, (count, inner, width), x_scheme, up.element_size())
+    if isinstance(made, str):
+        return made
     rows = made.up.rows
     blocks = blocks_of(pairs, count, rows)
     order, owners = Empty((blocks * rows,), torch.int32), Empty((blocks,), torch.int32)
@@ -259,7 +317,7 @@ def _product(
             "B_SWIZZLED": False,
             "WIDE": wide,
             "NATIVE": own,
-            "SUMMED": 128,
+            "SUMMED": min(128, cut.depth),
             "EVEN": depths % cut.depth == 0,
             "ROWS": cut.rows,
             "COLUMNS": cut.columns,
