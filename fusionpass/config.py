@@ -154,9 +154,10 @@ def _checked(rules: object) -> tuple["Spelling | Fold | Beside", ...]:
 
 def _can_be_disabled() -> set[str]:
     from .op import OPS
+    from .passes.mixtures import RULE
     from .rules import FOLDS, SPELLINGS
 
-    rules = {spelling.name for spelling in SPELLINGS} | {fold.name for fold in FOLDS}
+    rules = {RULE} | {spelling.name for spelling in SPELLINGS} | {fold.name for fold in FOLDS}
     backends = {backend.name for op in OPS.values() for backend in op.backends}
     return {*_PASSES, *rules, *backends, *(op.name for op in OPS.values())}
 

@@ -16,6 +16,7 @@ from .passes.fuse import fuse
 from .passes.heads import bring_together
 from .passes.layout import lay_out
 from .passes.lower import lower
+from .passes.mixtures import mixtures
 from .passes.normalize import normalize
 from .passes.products import products
 from .passes.recognise import recognise
@@ -32,10 +33,12 @@ Pass = tuple[str, Callable[[Graph], None]]
 def early(config: Config, trace: GraphTrace) -> list[Pass]:
     """While every rounding of the model is still in the graph."""
     spellings = [*(rule for rule in config.rules if isinstance(rule, Spelling)), *SPELLINGS]
-    return [
-        ("normalize", normalize),
-        ("recognise", lambda graph: recognise(graph, spellings, trace, config.disable, config.verify)),
-    ]
+
+    def recognised(graph: Graph) -> None:
+        recognise(graph, spellings, trace, config.disable, config.verify)
+        mixtures(graph, trace, config.disable, config.verify)
+
+    return [("normalize", normalize), ("recognise", recognised)]
 
 
 def late(config: Config, trace: GraphTrace, parameters: frozenset[Node] = frozenset()) -> list[Pass]:

@@ -58,7 +58,7 @@ def recognise(
             for match in matches:
                 if any(node._erased for node in match.nodes.values()):
                     continue  # the one before it took what this one reads
-                refusal = disabled(spelling.name, spelling.op, disable) or _replace(
+                refusal = disabled(spelling.name, spelling.op, disable) or _apply(
                     graph, spelling, match, matches, infer, written, verify, note
                 )
                 if refusal is not None:
@@ -88,7 +88,7 @@ def recognise(
             if match in together and record in trace.refused:
                 taken = any(node._erased for node in match.nodes.values())
                 refusal = disabled(spelling.name, spelling.op, disable) or (
-                    None if taken else _replace(graph, spelling, match, together, infer, written, verify, "")
+                    None if taken else _apply(graph, spelling, match, together, infer, written, verify, "")
                 )
                 trace.refused = [r for r in trace.refused if r is not record or refusal is not None]
     # What a later match took is no miss.
@@ -149,11 +149,7 @@ def _search(spelling: Spelling, patterns: Iterable[Pattern], anchor: Node) -> li
     return [m for m, nodes in inside.items() if not any(nodes < others for others in inside.values())] or furthest
 
 
-def _record(spelling: Spelling, anchor: Node, reason: str) -> Record:
-    return Record(spelling.op.name, spelling.name, reason, where(anchor), source_line(anchor), node=anchor.name)
-
-
-def _replace(
+def _apply(
     graph: Graph,
     spelling: Spelling,
     match: Match,
@@ -163,12 +159,44 @@ def _replace(
     verify: bool,
     note: str,
 ) -> Refusal:
+    named = {k: v for k, v in match.arguments.items() if k in spelling.op.signature.parameters}
+    arguments = spelling.op.bind((), {**named, **spelling.constants})
+    return replace(graph, spelling.name, spelling.op, arguments, match, together, infer, written, verify, note)
+
+
+def _record(spelling: Spelling, anchor: Node, reason: str) -> Record:
+    return Record(spelling.op.name, spelling.name, reason, where(anchor), source_line(anchor), node=anchor.name)
+
+
+def replace(
+    graph: Graph,
+    rule: str,
+    op: Op,
+    arguments: Mapping[str, Any],
+    match: Match,
+    together: Iterable[Match],
+    infer: Inference,
+    written: Sequence[Node],
+    verify: bool,
+    note: str,
+) -> Refusal:
+    """Put an op in the place of what was matched, in place, or say why that would not be the same.
+
+    Args:
+        graph: the graph.
+        rule: the name of what found it.
+        op: the op.
+        arguments: of the op, all of them.
+        match: what it replaces.
+        together: others that are replaced as well, so that they may share nodes with this one.
+        infer: of all replacements in this graph.
+        written: the nodes that write.
+        verify: compare the numbers.
+        note: kept with the op.
+    """
     leak = match.leak(together)
     if leak is not None:
         return f"{leak[0].name} is also read by {leak[1].name}, outside; the op would compute it twice"
-    op = spelling.op
-    named = {k: v for k, v in match.arguments.items() if k in op.signature.parameters}
-    arguments = op.bind((), {**named, **spelling.constants})
     results = infer(op, arguments)
     if isinstance(results, str):
         return results
@@ -187,7 +215,7 @@ def _replace(
     with graph.inserting_before(point):
         node = graph.call_function(op.overload, *op.call(arguments))
     names = tuple(n.name for n in sorted(interior))
-    site = Site((spelling.name,), where(match.root), source_line(match.root), note, names)
+    site = Site((rule,), where(match.root), source_line(match.root), note, names)
     node.meta = inherit(match.root, results[0] if op.single else results, {"fusionpass": site})
     new = [node] if op.single else insert_outputs(graph, node, results)
     for old, output in zip(match.outputs, new, strict=True):

@@ -8,6 +8,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ..graphs import aten
+from ..ops.moe import experts
 from .row_state import Call, Mixed, Rows, State, expression, quotient, text
 
 UNKNOWN = "takes the rows where it is not known to keep them apart"
@@ -256,6 +257,8 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
 
 RULES: dict[Any, Rule] = {
     torch.ops.prims.rev: _along,
+    # Sorted by expert inside, and each pair on its own.
+    experts.overload.overloadpacket: _product("tk", x="tk", ids="tk", weights="tk"),
     **{getattr(aten, name): rule for rule, names in _TABLE for name in names.split() if hasattr(aten, name)},
 }
 """Beside ops that torch marks as pointwise, and those that are made of others."""

@@ -15,12 +15,13 @@ from fusionpass import pipeline
 from fusionpass.config import Config
 from fusionpass.inductor import trace_graph
 from fusionpass.op import OPS, Op, op
-from fusionpass.ops import add, quantize
+from fusionpass.ops import add, experts, quantize
 from fusionpass.ops.quant import sample_scale
 from fusionpass.report.trace import GraphTrace
 from fusionpass.runtime.rows import row_dims, row_dims_by_symbol
 from tests.kernels import KERNEL_OPS, arguments_for
 from tests.models import LlamaNorm, static
+from tests.moe import mixture
 from tests.runtime.traced_rows import OTHER, N, trace
 
 X, SQUARE = torch.ones(N, 8), torch.ones(8, 8)
@@ -249,6 +250,26 @@ def test_schemes(scheme: str) -> None:
         assert "pads the rows, dimension 0 of self [s, " in found
     else:
         assert found == ((0,) if scheme == "fp8_static" else (0, 0))
+
+
+NAMES = ("x", "up", "down", "ids", "weights")
+
+
+def test_a_mixture_of_experts_is_row_by_row() -> None:
+    """Though it sorts pairs of all tokens; and run with padding it is, whomever that asks for."""
+    given = [mixture(N, 32, 16)[name] for name in NAMES]
+    assert rows(*trace(lambda *given: experts.overload(*given), *given)[:2]) == (0,)
+    x, up, down, ids, weights = given
+    expected = experts(*given)
+    for expert in (0, -1, 99):
+        padded = [F.pad(x, (0, 0, 0, 3), value=torch.nan), up, down, F.pad(ids, (0, 0, 0, 3), value=expert)]
+        assert torch.equal(experts(*padded, F.pad(weights, (0, 0, 0, 3)))[:N], expected)
+
+
+def test_a_mixture_is_not_by_its_columns() -> None:
+    given = [mixture(4, N, 16, dtype=torch.float32)[name] for name in NAMES]
+    found = rows(*trace(lambda *given: experts.overload(*given), *given)[:2])
+    assert isinstance(found, str)
 
 
 @pytest.mark.parametrize("one", KERNEL_OPS, ids=str)

@@ -1,0 +1,199 @@
+"""mixtures: transformers' experts over grouped products → the op, on GPUs, where they mean the same."""
+
+from operator import getitem
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from ..graphs import CAST, VIEWS, aten, source_line, where, writers
+from ..infer import Inference
+from ..match import Match
+from ..ops.activation import gelu_mul, silu_mul
+from ..ops.moe import experts
+from ..report.trace import GraphTrace, Record
+from .recognise import disabled, replace
+
+DEVICES = ("cuda",)
+"""Where the op may have kernels; elsewhere PyTorch's products are best left as they are."""
+RULE = "experts.grouped_mm"
+_END = 2**63 - 1
+_PRODUCT = getattr(aten, "_grouped_mm", None)
+
+
+def mixtures(graph: Graph, trace: GraphTrace, disable: frozenset[str] = frozenset(), verify: bool = False) -> None:
+    """Replace each mixture by the op, in place; record the missed and the refused.
+
+    A mixture is anchored at its second product. It has to be exactly what transformers writes: pairs sorted by expert,
+    two products by group with a gated activation in between, weights, and a sum over what each token chose.
+    """
+    if _PRODUCT is None:
+        return
+    infer, written = Inference(), writers(graph)
+    for down in graph.find_nodes(op="call_function", target=_PRODUCT.default):
+        if down.meta["val"].device.type not in DEVICES or _is(down.args[0], aten.index.Tensor):
+            continue  # that is the first of the two, which reads the tokens themselves
+        try:
+            match = _Walk(down).match()
+        except _OtherError as other:
+            trace.missed.append(_record(down, f"{other.args[0]}, where the op wants {other.args[1]}"))
+            continue
+        arguments = experts.bind((), match.arguments)
+        refusal = disabled(RULE, experts, disable) or replace(
+            graph, RULE, experts, arguments, match, (), infer, written, verify, ""
+        )
+        if refusal is not None:
+            trace.refused.append(_record(down, refusal))
+
+
+def _record(down: Node, reason: str) -> Record:
+    return Record(experts.name, RULE, reason, where(down), source_line(down), node=down.name)
+
+
+class _OtherError(Exception):
+    """What was found, and what was looked for."""
+
+
+def _is(node: Any, *targets: Any) -> bool:
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+class _Walk:
+    """The nodes of a mixture, from its second product up to its inputs and down to its result."""
+
+    def __init__(self, down: Node) -> None:
+        self.down = down
+        self.seen: dict[Node, Node] = {}
+
+    def match(self) -> Match:
+        """The mixture, with the arguments of the op.
+
+        Raises:
+            _OtherError: it is none.
+        """
+        hidden, down, ends = self._product(self.down)
+        first, activation = self._activated(hidden)
+        rows, up, other = self._product(first)
+        if other is not ends:
+            raise _OtherError("the products have other groups", "the same in both")
+        x, order, ids, top = self._order(rows, ends, up.meta["val"].shape[0])
+        result, weights = self._result(order, top)
+        given = {"x": x, "up": up, "down": down, "ids": ids, "weights": weights, "activation": activation}
+        return Match(self.seen, (result,), given)
+
+    def _take(self, node: Any, what: str, *targets: Any) -> Node:
+        """`node`, which calls one of `targets`, as a part of the mixture."""
+        if not _is(node, *targets):
+            raise _OtherError(f"there is {getattr(node, 'name', node)}", what)
+        self.seen[node] = node
+        found: Node = node
+        return found
+
+    def _given(self, node: Any, what: str, *targets: Any) -> tuple[Any, ...]:
+        """The arguments of a part of the mixture."""
+        return self._take(node, what, *targets).args
+
+    def _product(self, node: Any) -> tuple[Node, Node, Node]:
+        """Rows, weights as the op has them and the ends of groups, of a product."""
+        assert _PRODUCT is not None
+        product = self._take(node, "a product by group", _PRODUCT.default)
+        if len(product.args) != 3 or product.kwargs:
+            raise _OtherError("a product by group has a bias or another dtype", "none")
+        rows, weight, ends = product.args
+        source, order = self._given(weight, "weights of [experts, out, in], transposed", aten.permute.default)
+        if list(order) != [0, 2, 1]:
+            raise _OtherError(f"weights are permuted by {order}", "[0, 2, 1]")
+        return rows, source, ends  # type: ignore[return-value]
+
+    def _activated(self, hidden: Any) -> tuple[Node, str]:
+        """The first product, and the activation of its halves."""
+        acted = self._take(hidden, "an activation that it knows", silu_mul.overload, gelu_mul.overload)
+        op = silu_mul if acted.target is silu_mul.overload else gelu_mul
+        given = op.bind(acted.args, acted.kwargs)
+        product = None
+        for name, (low, high) in (("gate", (0, None)), ("up", (None, _END))):
+            source, axis, start, end, *step = self._given(given[name], f"half a row as {name}", aten.slice.Tensor)
+            width = source.meta["val"].shape[-1]
+            wanted = (width // 2 if low is None else low, width // 2 if high is None else high)
+            if axis not in (-1, 1) or (start, end) != wanted or step not in ([], [1]):
+                raise _OtherError(f"{name} is [{start}:{end}] of {width}", "the gate in the first half")
+            if product is not None and source is not product:
+                raise _OtherError("gate and up are of two products", "both of one")
+            product = source
+        assert isinstance(product, Node)
+        approximate = {"none": "gelu", "tanh": "gelu_tanh"}
+        return product, approximate[given["approximate"]] if "approximate" in given else "silu"
+
+    def _order(self, rows: Any, ends: Any, count: Any) -> tuple[Any, Node, Node, Any]:
+        """The tokens, the order of pairs, the experts of each token, and how many these are."""
+        index = self._take(rows, "rows of tokens", aten.index.Tensor)
+        token = self._take(_only(index.args[1]), "pairs divided by experts a token", aten.div.Tensor_mode)
+        order = self._item(token.args[0], 1)
+        top = token.args[1]
+        if token.kwargs.get("rounding_mode") != "floor":
+            raise _OtherError("pairs are not divided downwards", "their token")
+        sums = self._take(ends, "ends of groups", aten.cumsum.default)
+        counts = self._take(sums.args[0], "pairs of each expert", aten.histc.default)
+        if [*counts.args[1:]] != [count, 0, count - 1] or sums.args[1] != 0:
+            raise _OtherError(f"groups are counted with {counts.args[1:]}", f"each of {count} experts")
+        owners = self._item(self._take(counts.args[0], "experts", CAST).args[0], 0)
+        sort = self._take(order.args[0], "sorted experts", aten.sort.default)
+        if owners.args[0] is not sort or len(sort.args) != 1 or sort.kwargs:
+            raise _OtherError("pairs are sorted in another way", "by expert")
+        return index.args[0], order, self._flat(sort.args[0], top), top
+
+    def _item(self, node: Any, position: int) -> Node:
+        item = self._take(node, "a result of sort", getitem)
+        if item.args[1] != position:
+            raise _OtherError(f"there is result {item.args[1]} of sort", str(position))
+        return item
+
+    def _flat(self, node: Any, top: Any) -> Node:
+        """What lies behind a view of pairs in a row."""
+        view = self._take(node, "a row of pairs", *VIEWS)
+        source: Node = view.args[0]  # type: ignore[assignment]
+        shape = source.meta["val"].shape
+        if len(shape) != 2 or shape[1] != top or view.meta["val"].dim() != 1:
+            raise _OtherError(f"pairs are of {list(shape)}", f"{top} of each token")
+        return source
+
+    def _result(self, order: Node, top: Any) -> tuple[Node, Node]:
+        """The weighted sum, and the weights."""
+        node = self._reader(self.down)
+        if _is(node, CAST):
+            node = self._reader(self._take(node, "a cast to float32", CAST))
+        product = self._take(node, "weighted rows", aten.mul.Tensor)
+        (column,) = [one for one in product.args if one not in (self.down, *self.down.users)] or [None]
+        wide = self._take(column, "a column of weights", aten.unsqueeze.default)
+        weight = self._take(wide.args[0], "weights in the order of the rows", aten.index.Tensor)
+        if wide.args[1] not in (-1, 1) or _only(weight.args[1]) is not order:
+            raise _OtherError("weights are in another order", "that of the rows")
+        weights = self._flat(weight.args[0], top)
+        back = self._take(self._reader(product), "rows in the order of the pairs", aten.index.Tensor)
+        places = self._take(_only(back.args[1]), "the places of pairs", aten.index_put.default)
+        self._take(places.args[0], "an empty row", aten.empty.memory_format)
+        count = self._take(places.args[2], "numbers from 0 on", torch.ops.prims.iota.default)
+        if _only(places.args[1]) is not order or (count.kwargs.get("start"), count.kwargs.get("step")) != (0, 1):
+            raise _OtherError("rows are put back in another order", "that of the pairs")
+        apart = self._take(self._reader(back), "the rows of each token", *VIEWS)
+        shape = apart.meta["val"].shape
+        if len(shape) != 3 or shape[1] != top:
+            raise _OtherError(f"rows are viewed as {list(shape)}", f"{top} of each token")
+        total = self._take(self._reader(apart), "the sum of a token's rows", aten.sum.dim_IntList)
+        _, axes, *more = self._given(total, "the sum of a token's rows", aten.sum.dim_IntList)
+        if list(axes) not in ([-2], [1]) or more or total.kwargs:
+            raise _OtherError(f"rows are summed over {axes}", "those of each token")
+        if total.meta["val"].dtype != self.down.meta["val"].dtype:
+            total = self._take(self._reader(total), "a cast of the sum", CAST)
+        return total, weights
+
+    def _reader(self, node: Node) -> Node:
+        """The only one that reads `node`."""
+        if len(node.users) != 1:
+            raise _OtherError(f"{node.name} is read {len(node.users)} times", "one reader")
+        return next(iter(node.users))
+
+
+def _only(given: Any) -> Any:
+    """The single index of a list."""
+    return given[0] if isinstance(given, list | tuple) and len(given) == 1 else None
