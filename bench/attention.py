@@ -19,10 +19,10 @@ from fusionpass.launch import Launch
 from fusionpass.ops import attention
 from fusionpass.ops.attention.decode_triton import Cut
 from fusionpass.testing import exact, relative_error
+from fusionpass.tuning.timing import cold_sets, launch_call, time_calls, warm_up
 
-from .implementations import compile_apart, launch_call, search, with_cut
+from .implementations import compile_apart, search, with_cut
 from .machine import require_gpu, results_folder, save
-from .timing import cold_sets, time_calls, warm_up
 
 CUTS = [Cut(*parts) for parts in itertools.product((32, 64, 128), (1, 2, 4, 8, 16, 33, 66), (4, 8))]
 """Those that `--search` tries."""

@@ -19,10 +19,10 @@ from fusionpass.launch import Launch
 from fusionpass.op import Op
 from fusionpass.ops import block_scaled_mm, quantize, scaled_mm
 from fusionpass.ops.gemm.stream import Cut
+from fusionpass.tuning.timing import cold_sets, launch_call, time_calls, warm_up
 
-from .implementations import compile_apart, launch_call, search, with_cut
+from .implementations import compile_apart, search, with_cut
 from .machine import require_gpu, results_folder, save
-from .timing import cold_sets, time_calls, warm_up
 
 SHAPES = {
     "qwen3_8b": [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)],
@@ -108,9 +108,9 @@ def cublas(given: dict[str, Any]) -> Callable[[], torch.Tensor]:
     """PyTorch's own product of these codes, or the reason why there is none."""
     if "a_scheme" not in given:
         return lambda: scaled_mm.reference(**given)
-    # cuBLAS wants the scales of each group next to one another.
-    a_scale, b_scale = (given[f"{name}_scale"].t().contiguous().t() for name in "ab")
-    return lambda: torch._scaled_mm(given["a"], given["b"].t(), a_scale, b_scale.t(), out_dtype=torch.bfloat16)
+    # cuBLAS wants the scales of a group of all rows next to one another; those of blocks of the weight as they are.
+    a_scale = given["a_scale"].t().contiguous().t()
+    return lambda: torch._scaled_mm(given["a"], given["b"].t(), a_scale, given["b_scale"].t(), out_dtype=torch.bfloat16)
 
 
 def measure(rows: int, columns: int, k: int, scheme: str, cuts: list[Cut]) -> dict[str, Any]:

@@ -16,10 +16,11 @@ import triton.language as tl
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusionpass.arch import Arch
-from fusionpass.launch import Empty, Launch
+from fusionpass.launch import Launch
 from fusionpass.op import Op
 from fusionpass.ops.pdl import pdl_launch, pdl_wait
 from fusionpass.ops.quant import sample_scale
+from fusionpass.tuning.timing import bound, launch_call
 
 Call = Callable[[int], list[torch.Tensor]]
 Arguments = Mapping[str, Any]
@@ -82,36 +83,6 @@ def search(timed: Callable[[Any], float], cuts: Sequence[Any]) -> dict[str, Any]
         for cut in sorted(times, key=lambda cut: times[cut])
     }
     return {"best": again[best], "cut": vars(best), "failed": failed, "tried": tried}
-
-
-def launch_call(launches: list[Launch]) -> Call:
-    """Calls of planned launches, into outputs allocated once and filled with garbage; what they mutate, in place."""
-    made = [bound(launch) for launch in launches]
-
-    def call(i: int) -> list[torch.Tensor]:
-        for part, arguments in made[i]:
-            part.kernel[part.grid](**arguments, **part.options())
-        return [arguments[name] for name in launches[i].returns]
-
-    return call
-
-
-def bound(launch: Launch) -> list[tuple[Launch, dict[str, Any]]]:
-    """The launches in order, each with its arguments."""
-    buffers: dict[int, torch.Tensor] = {}
-    bound = []
-    for part in launch.all:
-        for value in part.args.values():
-            if isinstance(value, Empty) and id(value) not in buffers:
-                buffers[id(value)] = _poison(value, part.device)
-        bound.append((part, {name: buffers.get(id(value), value) for name, value in part.args.items()}))
-    return bound
-
-
-def _poison(empty: Empty, device: torch.device) -> torch.Tensor:
-    made = empty.new(device)
-    made.view(torch.uint8).fill_(0xA5)
-    return made
 
 
 def fusionpass(op: Op, sets: list[Arguments], arch: Arch) -> Call | None:

@@ -17,10 +17,10 @@ from fusionpass.errors import ArgumentError
 from fusionpass.op import OPS, Op
 from fusionpass.ops.quant import Scheme, dequantize
 from fusionpass.testing import exact, relative_error
+from fusionpass.tuning.timing import cold_sets, summary, time_calls, warm_up
 
 from .implementations import IMPLEMENTATIONS, Arguments, Call, argument_sets, bytes_moved, in_processes
 from .machine import facts, require_gpu, results_folder
-from .timing import cold_sets, summary, time_calls, warm_up
 
 
 def main() -> None:

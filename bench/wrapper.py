@@ -18,7 +18,7 @@ from torch import nn
 
 import fusionpass
 from bench.machine import facts, require_gpu
-from bench.timing import time_calls, warm_up
+from fusionpass.tuning.timing import time_calls, warm_up
 
 ROUNDS = 8
 

@@ -8,14 +8,14 @@ import torch
 
 from bench.implementations import bound, bytes_moved, search
 from bench.kernels import record, regimes, verdict
-from bench.timing import cold_sets
 from fusionpass.arch import Arch
 from fusionpass.ops import add_rms_norm_quantize, attention, cache_write, qk_norm_rope_cache
 from fusionpass.ops.gemm.stream import Cut
+from fusionpass.tuning.timing import cold_sets
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("module", ["bench.kernels", "bench.gemm", "bench.attention", "bench.e2e"])
+@pytest.mark.parametrize("module", ["bench.kernels", "bench.gemm", "bench.attention", "bench.moe", "bench.e2e"])
 def test_without_a_gpu_it_says_so(module):
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-m", module], cwd=root, capture_output=True, text=True)

@@ -43,17 +43,19 @@ class Cut:
     stages: int = 3
 
 
-def configure(arch: Arch, rows: int, columns: int, depths: int, most: int) -> Cut:
+def configure(arch: Arch, rows: int, columns: int, depths: int, by_sum: bool) -> Cut:
     """The cut for so many rows.
 
-    Few rows are cut as in `stream.configure`, which was measured on an H100; the rest is not measured.
+    Few rows are cut as in `stream.configure`, which was measured on an H100. So was what scales the sum of each group:
+    of many rows its best takes 64 by 128 a program, since a larger tile's two sums do not fit the registers. The rest
+    is not measured.
 
     Args:
         arch: the target.
         rows: of `a`.
         columns: rows of `b`.
         depths: bytes of a row of codes.
-        most: bytes of K that one step may take.
+        by_sum: the sum of each group is scaled.
     """
     count = arch.multiprocessors
     if rows == 1:
@@ -61,9 +63,11 @@ def configure(arch: Arch, rows: int, columns: int, depths: int, most: int) -> Cu
     if rows <= FEW:
         programs = triton.cdiv(columns, 64)
         splits = 1 if 3 * programs >= 2 * count else max(1, min(8, 2 * count // programs, depths // 256))
-        return Cut(max(16, triton.next_power_of_2(rows)), 64, min(most, 128), splits, stages=6 if arch.is_cuda else 2)
+        return Cut(max(16, triton.next_power_of_2(rows)), 64, 128, splits, stages=6 if arch.is_cuda else 2)
     stages = 2 if arch.is_rocm else 3
-    return Cut(128, 128, min(most, 128), grouped=8, warps=8, stages=stages)
+    if by_sum:
+        return Cut(64, 128, 128, grouped=8, stages=stages)
+    return Cut(128, 128, 128, grouped=8, warps=8, stages=stages)
 
 
 NEWER = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
@@ -174,7 +178,7 @@ def plan(
     group = (group_of(kinds[0]) or 1) // (2 if kinds[0].packed else 1)
     by_sum = group == 128
     cut = choose(
-        configure(arch, rows, columns, depths, group if by_sum else 128),
+        configure(arch, rows, columns, depths, by_sum),
         "block_scaled_mm",
         table_key(kind_of(kinds[0]), columns, depths * (2 if kinds[0].packed else 1)),
         arch,
