@@ -27,8 +27,8 @@ Arguments = Mapping[str, Any]
 
 
 def plan(op: Op, arguments: Arguments, arch: Arch) -> Launch | None:
-    """The launch as a compiled model runs it: weight and scale are its parameters."""
-    launch, _ = op.plan(arch, arguments)
+    """Our kernel's launch as a compiled model runs it: weight and scale are its parameters."""
+    launch, _ = op.plan(arch, arguments, frozenset({"cublas"}))
     return launch.reading_early().launching_early() if isinstance(launch, Launch) else None
 
 

@@ -1,6 +1,6 @@
 """A kernel launch as data: run eagerly, written into Inductor's wrapper, or compiled ahead of time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,17 @@ class Late:
     """
 
     reason: str
+
+
+@dataclass(frozen=True)
+class Plain:
+    """PyTorch's own call, which runs an op better than its reference does.
+
+    Args:
+        function: of the op's arguments by name; returns what the op returns. A graph has its nodes in the op's place.
+    """
+
+    function: Callable[..., Any]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 from .arch import Arch
 from .errors import RuleError
-from .launch import Late, Launch
+from .launch import Late, Launch, Plain
 
 Refusal = str | None
 """Nothing, or the reason why not."""
@@ -51,11 +51,11 @@ class Backend:
     Args:
         name: as it appears in reports and in `Config.disable`.
         plan: `plan(arch, **arguments)`, a pure function: the launch, or the reason why this kernel cannot run it there.
-            Tensors may be fake and sizes symbolic; `Late` where it is these sizes that decide.
+            Tensors may be fake and sizes symbolic; `Late` where it is these sizes that decide, `Plain` for a library's.
     """
 
     name: str
-    plan: Callable[..., Launch | Late | str]
+    plan: Callable[..., Launch | Late | Plain | str]
 
 
 @dataclass(eq=False)
@@ -125,7 +125,7 @@ class Op:
 
     def plan(
         self, arch: Arch, arguments: Mapping[str, Any], disable: frozenset[str] = frozenset()
-    ) -> tuple[Launch | Late | None, str]:
+    ) -> tuple[Launch | Late | Plain | None, str]:
         """What runs this call on `arch` and the backend's name, or None and every backend's reason."""
         reasons = []
         for backend in self.backends:
@@ -142,7 +142,7 @@ class Op:
             return self.reference(**arguments)
         launch, _ = self.plan(Arch.of(device), arguments)
         if not isinstance(launch, Launch):
-            return self.reference(**arguments)
+            return (launch.function if isinstance(launch, Plain) else self.reference)(**arguments)
         results = launch.run()
         return results[0] if self.single else results
 

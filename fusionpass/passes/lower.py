@@ -1,6 +1,6 @@
 """lower: each op → a Triton launch, a call that chooses later, or plain aten again. Every choice leaves its reason."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..arch import Arch
 from ..errors import FusionpassError
 from ..graphs import CAST, aten, erase_unused, inherit, outputs_of, same_shape, same_strides, value, values
-from ..launch import Empty, Late, Launch
+from ..launch import Empty, Late, Launch, Plain
 from ..op import OPS, Op
 from ..report.trace import GraphTrace, Record
 from ..verify import check_launch
@@ -102,21 +102,23 @@ def lower(
                 trace.refused.append(_refused(op, node, arguments, wrong))
         site = site_of(node)
         copied = _still_read(op, node, arguments, launch) if launch is not None else None
+        told = "" if isinstance(chosen, Plain) else reason
         trace.fused.append(
             Record(
                 op=op.name,
                 rule=site.rules[-1] if site.rules else "",
-                reason="; ".join(part for part in (reason, _alone(op, node), copied, site.note) if part),
+                reason="; ".join(part for part in (told, _alone(op, node), copied, site.note) if part),
                 where=site.where,
                 source=site.source,
                 scheme=str(arguments.get("scheme", "")),
-                backend="inductor" if chosen is None else "late" if launch is None else "triton",
+                backend=_backend(chosen, reason),
                 rules=site.rules,
                 node=node.name,
             )
         )
-        if chosen is None:
-            trace.inlined |= dict.fromkeys(inline(graph, node, op, arguments), node.name)
+        if chosen is None or isinstance(chosen, Plain):
+            function = op.reference if chosen is None else chosen.function
+            trace.inlined |= dict.fromkeys(inline(graph, node, op, arguments, function), node.name)
         if launch is not None:
             sources = _sources(launch, arguments)
             early = [part.args[name] for part in launch.all for name in part.early]
@@ -124,6 +126,13 @@ def lower(
                 launch = launch.reading_early()
             node.meta[LAUNCH] = Planned(launch, sources, bool(launch.mutates) and copied is None)
             node.meta["eager_input_vals"] = (values(node.args), values(node.kwargs))
+
+
+def _backend(chosen: Launch | Late | Plain | None, name: str) -> str:
+    """Who runs what was chosen, as `Record` has it; `name` is that of a backend that chose PyTorch's own call."""
+    if isinstance(chosen, Plain):
+        return name
+    return "inductor" if chosen is None else "late" if isinstance(chosen, Late) else "triton"
 
 
 def _refused(op: Op, node: Node, arguments: Mapping[str, Any], reason: str) -> Record:
@@ -135,7 +144,7 @@ def _refused(op: Op, node: Node, arguments: Mapping[str, Any], reason: str) -> R
 
 def _choose(
     op: Op, node: Node, vals: Mapping[str, Any], target: Arch | None, disable: frozenset[str]
-) -> tuple[Launch | Late | None, str]:
+) -> tuple[Launch | Late | Plain | None, str]:
     device = next(v.device for v in vals.values() if isinstance(v, torch.Tensor))
     try:
         arch = target or Arch.of(device)
@@ -144,8 +153,8 @@ def _choose(
     if arch.is_cpu:
         return None, "a CPU target: Inductor writes C++"
     launch, reason = op.plan(arch, vals, disable)
-    if launch is None:
-        return None, reason
+    if launch is None or isinstance(launch, Plain):
+        return launch, reason
     if isinstance(launch, Late):
         return launch, launch.reason
     for source in node.all_input_nodes:
@@ -192,13 +201,15 @@ def _alone(op: Op, node: Node) -> str:
     return f"no rule folds it into {name}, which it reads"
 
 
-def inline(graph: Graph, node: Node, op: Op, arguments: Mapping[str, Any]) -> list[str]:
-    """Replace an op node by the aten nodes of its reference; return their names."""
+def inline(
+    graph: Graph, node: Node, op: Op, arguments: Mapping[str, Any], function: Callable[..., Any] | None = None
+) -> list[str]:
+    """Replace an op node by the aten nodes of `function`, its reference if there is none; return their names."""
     names = [k for k, v in arguments.items() if isinstance(v, Node)]
     inputs = [arguments[k] for k in names]
 
     def call(*tensors: torch.Tensor) -> Any:
-        return op.reference(**{**arguments, **dict(zip(names, tensors, strict=True))})
+        return (function or op.reference)(**{**arguments, **dict(zip(names, tensors, strict=True))})
 
     vals = [value(n) for n in inputs]
     with vals[0].fake_mode, torch.no_grad():  # type: ignore[union-attr]

@@ -35,8 +35,8 @@ class Record:
         where: module path, "model.layers.0.input_layernorm".
         source: "file:line, code" of the model.
         scheme: quantisation scheme, or "".
-        backend: what runs it: "triton"; "late", chosen for each size as it comes; or "inductor" (plain aten, C++ on a
-            CPU). Fused only.
+        backend: what runs it: "triton"; "cublas"; "late", chosen for each size as it comes; or "inductor" (plain aten,
+            C++ on a CPU). Fused only.
         rules: all rules applied, in order.
         graphs: the indices of the compiled graphs that have this site.
         node: the name of the op's node, or of the one at which a rule gave up, in the (first) graph.

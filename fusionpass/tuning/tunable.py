@@ -88,7 +88,8 @@ class Tunable:
             TuningError: no kernel runs this, or none so cut; or its plan asks for another table.
         """
         with store.imposing(self.table, self.named(key), cut) as given:
-            launch, reason = self.op.plan(arch, self.op.bind((), arguments))
+            others = frozenset(backend.name for backend in self.op.backends) - {"triton"}
+            launch, reason = self.op.plan(arch, self.op.bind((), arguments), others)
             if not isinstance(launch, Launch):
                 raise TuningError(getattr(launch, "reason", reason), self.table, "Choose another size or configuration")
         return launch.reading_early().launching_early(), given.rule

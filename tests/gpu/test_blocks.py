@@ -7,15 +7,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import fusionpass
 from fusionpass.arch import Arch
-from fusionpass.launch import Launch
+from fusionpass.launch import Launch, Plain
 from fusionpass.ops import block_scaled_mm, quantize
 from fusionpass.ops.gemm.blocks import _dequantized
 from fusionpass.ops.quant.scheme import Scheme
 
 pytest.importorskip("triton")
 from fusionpass.ops.gemm.blocks_triton import Cut
-from tests.blocks import KINDS, arguments_for_product, check_product, product_of
+from tests.blocks import KERNEL, KINDS, arguments_for_product, check_product, exact, product_of
 
 DEVICE = torch.device("cuda")
 EXTREME = {
@@ -90,7 +91,7 @@ def test_unpacked_by_hand(rows: int, shape: tuple[int, int], kind: str) -> None:
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("rows", [1, 16, 100])
 def test_called_as_an_op(rows: int, kind: str) -> None:
-    arguments = product_of(kind, rows, 256, 1024, "cuda")
+    arguments = product_of(kind, rows, 256, 1024, "cuda", out_dtype="float32")
     launch, why = block_scaled_mm.plan(Arch.of(DEVICE), arguments)
     assert isinstance(launch, Launch), why
     assert torch.equal(block_scaled_mm(**arguments), launch.run()[0])
@@ -124,7 +125,7 @@ def test_chain_under_dependent_launch(rows: int) -> None:
             q, scale = quantize(x.bfloat16(), scheme="fp8_group128")
             if wait:
                 torch.cuda.synchronize()
-            launch, _ = block_scaled_mm.plan(arch, {**weight, "a": q, "a_scale": scale})
+            launch, _ = block_scaled_mm.plan(arch, {**weight, "a": q, "a_scale": scale}, KERNEL)
             assert isinstance(launch, Launch)
             found.append((launch if wait else launch.launching_early()).run()[0])
             if wait:
@@ -139,3 +140,23 @@ def test_chain_under_dependent_launch(rows: int) -> None:
     for _ in range(20):
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("rows", [65, 300, 2048])
+def test_many_rows_by_cublas(rows: int) -> None:
+    """Where it is chosen: on Hopper."""
+    arguments = product_of("fp8", rows, 1536, 1024, "cuda")
+    planned, why = block_scaled_mm.plan(Arch.of(DEVICE), arguments)
+    if torch.cuda.get_device_capability() != (9, 0):
+        assert isinstance(planned, Launch)
+        return
+    assert isinstance(planned, Plain), why
+    expected, _ = exact(arguments)
+    got = block_scaled_mm(**arguments).double()
+    assert (got - expected).norm() <= 3e-3 * expected.norm()
+    names = ("a", "b", "a_scale", "b_scale")
+    compiled = fusionpass.compile(lambda *given: block_scaled_mm(*given) * 2, cache=False)
+    with torch.no_grad():
+        assert torch.equal(compiled(*(arguments[name] for name in names)).double(), got * 2)
+    (record,) = fusionpass.report(compiled).fused
+    assert record.backend == "cublas"

@@ -8,14 +8,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+import fusionpass
 from fusionpass import Config
 from fusionpass.aot import compile_launch
 from fusionpass.arch import Arch
 from fusionpass.errors import ArgumentError, SchemeError
-from fusionpass.launch import Late, Launch
+from fusionpass.launch import Late, Launch, Plain
 from fusionpass.ops import block_scaled_mm, dequantize
 from fusionpass.session import Session
-from tests.blocks import KINDS, exact, product_of
+from tests.blocks import KERNEL, KINDS, exact, product_of
 from tests.fake_gpu import codegen, needs_cuda_build
 
 H100 = Arch("sm_90")
@@ -87,7 +88,9 @@ def test_a_layout_that_is_not_the_schemes() -> None:
 
 
 def plan(name: str, arguments: dict[str, Any]) -> tuple[Any, str]:
-    return block_scaled_mm.plan(Arch(name), arguments)
+    """What our kernel says."""
+    planned, why = block_scaled_mm.plan(Arch(name), arguments, KERNEL)
+    return planned, why.removeprefix("cublas: disabled; ")
 
 
 def test_what_the_kernel_refuses() -> None:
@@ -184,7 +187,71 @@ def test_in_inductors_wrapper(kind: str, rows: int, kernels: list[str]) -> None:
     def function(*given: torch.Tensor) -> torch.Tensor:
         return block_scaled_mm(**{**arguments, **dict(zip(tensors, given, strict=True))}).relu()
 
-    session = Session(Config(target=H100))
+    session = Session(Config(target=H100, disable=KERNEL))
     (source,) = codegen(function, make, "sm_90", session)
     assert session.report.count("block_scaled_mm") == 1
     assert re.findall(r"(\w+)_kernel_\d+\.run\(", source) == kernels
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"rows": 64}, "64 rows are bound by reading the weight"),
+        ({"name": "sm_100"}, "cuBLAS's product of blocks is for sm_90, not sm_100"),
+        ({"k": 640}, "N is 512 and K 640, not multiples of 16 and 512"),
+        ({"columns": 520}, "N is 520 and K 512, not multiples of 16 and 512"),
+        ({"out_dtype": "float32"}, "it writes bfloat16, not float32"),
+        ({"bias": torch.zeros(512)}, "it adds no bias"),
+        ({"kind": "int8"}, "it is of float8_e4m3fn with float32 scales, weights in blocks of 128"),
+        ({"kind": "fp8_powers"}, "it is of float8_e4m3fn with float32 scales, weights in blocks of 128"),
+        ({"kind": "fp8_columns"}, "it is of float8_e4m3fn with float32 scales, weights in blocks of 128"),
+    ],
+    ids=str,
+)
+def test_hoppers_many_rows_are_cublas(changes: dict[str, Any], reason: str | None) -> None:
+    sizes = {"kind": "fp8", "rows": 65, "columns": 512, "k": 512, **changes}
+    name = sizes.pop("name", "sm_90")
+    planned, why = block_scaled_mm.plan(Arch(name), product_of(**sizes))
+    if reason is None:
+        assert isinstance(planned, Plain)
+        assert why == "cublas"
+    else:
+        assert isinstance(planned, Launch)
+        assert block_scaled_mm.backends[0].plan(Arch(name), **product_of(**sizes)) == reason
+
+
+def test_cublas_wants_dense_operands() -> None:
+    arguments = product_of("fp8", 65, 512, 1024)
+    cublas = block_scaled_mm.backends[0].plan
+    wide = torch.empty(4, 12)[:, :8].copy_(arguments["b_scale"])
+    assert "b_scale" in cublas(H100, **{**arguments, "b_scale": wide})
+    across = arguments["a"].view(torch.uint8).t().contiguous().t().view(torch.float8_e4m3fn)
+    assert "'a'" in cublas(H100, **{**arguments, "a": across})
+
+
+def test_old_cuda_has_no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    cublas = block_scaled_mm.backends[0].plan
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert cublas(H100, **product_of("fp8", 65, 512, 512)) == "it needs CUDA 12.9, not 12.8"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert isinstance(cublas(H100, **product_of("fp8", 65, 512, 512)), Plain)
+
+
+@needs_cuda_build
+def test_cublas_in_a_graph() -> None:
+    """Its call stands in the graph, and the report names it; disabled, our kernel runs."""
+    arguments = product_of("fp8", 65, 512, 512)
+    names = ("a", "b", "a_scale", "b_scale")
+
+    def model(*given: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = block_scaled_mm(*given)
+        return made.relu()
+
+    for disable, backend in ((set(), "cublas"), ({"cublas"}, "triton")):
+        config = Config(target=H100, disable=disable)
+        report = fusionpass.explain(model, *(arguments[name] for name in names), config=config)
+        (record,) = report.fused
+        assert record.backend == backend
+        lowered = dict(report.graphs[0].snapshots)["lower"]
+        assert ("aten._scaled_mm.default" in lowered) == (backend == "cublas")

@@ -5,13 +5,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ...arch import Arch
 from ...errors import ArgumentError, nearest
-from ...op import op
+from ...launch import Plain
+from ...op import Backend, op
 from ..quant import dequantize, quantize
 from ..quant.layout import swizzled_shape
 from ..quant.scheme import Scheme
-from ..rows import known, triton_backend
+from ..rows import known, static, triton_backend
 from . import OUTPUTS, SUMMED
+from .dispatch import Request, why_not
 
 
 def _sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
@@ -128,4 +131,43 @@ def scale_shape(codes: torch.Tensor, kind: Scheme) -> tuple[Any, Any]:
     return swizzled_shape(*shape) if kind.layout == "swizzled" else shape
 
 
+def _plan_cublas(
+    arch: Arch,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    a_scheme: str = "fp8_group128",
+    b_scheme: str = "fp8_block128",
+    a_global_scale: torch.Tensor | None = None,
+    b_global_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: str = "bfloat16",
+) -> Plain | str:
+    """PyTorch's call of cuBLAS, where it has such a product and is faster."""
+    kinds = Scheme.parse(a_scheme), Scheme.parse(b_scheme)
+    float32 = kinds[0].scale_dtype == torch.float32
+    if kinds[1].granularity != "block128" or a.dtype != torch.float8_e4m3fn or not float32:
+        return "it is of float8_e4m3fn with float32 scales, weights in blocks of 128"
+    k: Any = b.shape[1]
+    columns: Any = b.shape[0]
+    if not isinstance(k, int) or not isinstance(columns, int):
+        return "the size of the weight is symbolic"
+    if reason := why_not(arch, Request("fp8_block128", static(a.shape[0]), columns, k, out_dtype), "cublas"):
+        return reason
+    if bias is not None:
+        return "it adds no bias"
+    strides = {name: t.stride() for name, t in (("a", a), ("b", b), ("b_scale", b_scale)) if t.stride(1) != 1}
+    strides |= {"b_scale": b_scale.stride()} if b_scale.stride(0) != b_scale.shape[1] else {}
+    return Plain(_by_cublas) if not strides else f"strides are {strides}"
+
+
+def _by_cublas(**arguments: Any) -> torch.Tensor:
+    # The scales of a group of all rows have to lie next to one another.
+    a_scale = arguments["a_scale"].t().contiguous().t()
+    b, b_scale = arguments["b"].t(), arguments["b_scale"].t()
+    return torch._scaled_mm(arguments["a"], b, a_scale, b_scale, out_dtype=OUTPUTS[arguments["out_dtype"]])
+
+
+block_scaled_mm.backends.append(Backend("cublas", _plan_cublas))
 block_scaled_mm.backends.append(triton_backend(f"{__package__}.blocks_triton", "plan"))

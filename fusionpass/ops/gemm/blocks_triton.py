@@ -70,6 +70,9 @@ def configure(arch: Arch, rows: int, columns: int, depths: int, by_sum: bool) ->
     return Cut(128, 128, 128, grouped=8, warps=8, stages=stages)
 
 
+REACH = 4
+"""An entry of a table stands for numbers of rows within this factor: one row has a program of its own."""
+
 NEWER = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
 """Whether this Triton compiles products of scaled FP4 for sm_121: 3.6 does for sm_120 alone."""
 
@@ -183,6 +186,7 @@ def plan(
         table_key(kind_of(kinds[0]), columns, depths * (2 if kinds[0].packed else 1)),
         arch,
         rows,
+        reach=REACH,
         refuse=lambda cut: refuse_cut(cut, group, by_sum),
     )
     if isinstance(cut, str):

@@ -4,6 +4,8 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from ...arch import Arch
 from ...errors import ArgumentError, nearest
 from ...op import Refusal
@@ -101,6 +103,24 @@ def _cublas(least: int, what: str) -> Gate:
     return gate
 
 
+def _cublas_blocks(arch: Arch, request: Request) -> Refusal:
+    """Hopper's product of FP8 in blocks, twice as fast as ours at 2048 rows."""
+    if arch.name != "sm_90":
+        return f"cuBLAS's product of blocks is for sm_90, not {arch.name}"
+    if request.rows is None:
+        return "the number of rows is symbolic"
+    if request.rows <= FEW:
+        return f"{request.rows} rows are bound by reading the weight"
+    if request.columns % 16 or request.k % 512:
+        return f"N is {request.columns} and K {request.k}, not multiples of 16 and 512"
+    if request.out_dtype != "bfloat16":
+        return f"it writes bfloat16, not {request.out_dtype}"
+    version = torch.version.cuda
+    if version is not None and tuple(map(int, version.split(".")[:2])) < (12, 9):
+        return f"it needs CUDA 12.9, not {version}"
+    return None
+
+
 def _always(arch: Arch, request: Request) -> Refusal:
     return None
 
@@ -156,10 +176,10 @@ KINDS: dict[str, dict[str, Gate]] = {
     "fp8_row": {"triton": _streamed(FEW, 16, 89), **_FP8},
     "int8_row": {"triton": _streamed(FEW, 16, 80), "cublas": _cublas(80, "INT8"), "reference": _always},
     "fp8_block128": {
+        "cublas": _cublas_blocks,
         "triton": _blocks(89, e4m3fn=False),
         "dequantize": _always,
         "deep_gemm": _deep_gemm(64, 128),
-        "cublas": _cublas(90, "FP8 in blocks"),
     },
     "int8_block128": {"triton": _blocks(80, e4m3fn=False), "dequantize": _always},
     "mxfp8": {
@@ -174,8 +194,8 @@ KINDS: dict[str, dict[str, Gate]] = {
 """By what is multiplied, why each algorithm cannot compute it, in the order in which "auto" asks. Of those behind the
 one that always can it asks none: they were not measured."""
 
-UNCALLED = {
-    (kind, name) for kind in ("fp8_block128", "mxfp8", "nvfp4") for name in (*_FLASHINFER, "cublas", "deep_gemm")
+UNCALLED = {("fp8_block128", "deep_gemm")} | {
+    (kind, name) for kind in ("mxfp8", "nvfp4") for name in (*_FLASHINFER, "cublas", "deep_gemm")
 }
 """Those that no code of ours calls, since none was run: their limits are known, and an explicit choice is refused."""
 

@@ -13,7 +13,7 @@ from ...launch import Empty, Late, Launch
 from ...tuning.store import choose
 from ..gemm.blocks import group_of
 from ..gemm.blocks_kernel import block_kernel
-from ..gemm.blocks_triton import Cut, native, refuse_cut
+from ..gemm.blocks_triton import REACH, Cut, native, refuse_cut
 from ..quant.scheme import Scheme
 from ..quant.triton import plan_quantize
 from ..rows import known, static
@@ -106,11 +106,11 @@ def cuts_of(
         return refuse_cut(cut, step, by_sum)
 
     rule = configure(arch, tokens * top, count, inner, itemsize)
-    up = choose(rule, "experts", table_key(scheme, count, inner, False), arch, tokens, refuse=refuse)
+    up = choose(rule, "experts", table_key(scheme, count, inner, False), arch, tokens, reach=REACH, refuse=refuse)
     if isinstance(up, str):
         return up
     rule = follow(up, width)
-    down = choose(rule, "experts", table_key(scheme, count, inner, True), arch, tokens, refuse=refuse)
+    down = choose(rule, "experts", table_key(scheme, count, inner, True), arch, tokens, reach=REACH, refuse=refuse)
     return down if isinstance(down, str) else resolve(up, down)
 
 
