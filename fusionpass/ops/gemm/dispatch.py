@@ -111,6 +111,8 @@ def _cublas_blocks(arch: Arch, request: Request) -> Refusal:
         return "the number of rows is symbolic"
     if request.rows <= FEW:
         return f"{request.rows} rows are bound by reading the weight"
+    if request.rows % 4:
+        return f"{request.rows} rows are no multiple of 4, as their scales have to be"
     if request.columns % 16 or request.k % 512:
         return f"N is {request.columns} and K {request.k}, not multiples of 16 and 512"
     if request.out_dtype != "bfloat16":
