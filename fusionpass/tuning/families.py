@@ -182,8 +182,6 @@ def _mixture_footprint(arch: Arch, key: Key, m: int, cut: blocks_triton.Cut) -> 
     each = -(-m * key["top"] // key["E"])
     if cut.rows > max(16, 4 * triton.next_power_of_2(each)):
         return f"rows: an expert has about {each}"
-    if cut.rows * 4 < min(64, each):
-        return "rows: a tile of less than a quarter of an expert's reads the weight too often"
     if (cut.grouped > 1) != (each > cut.rows):
         return "grouped: blocks of rows share their weight where an expert has several"
     threads, size = cut.warps * arch.warp_size, 2 if key.get("dtype") is None else 1
