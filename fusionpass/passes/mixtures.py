@@ -18,7 +18,6 @@ DEVICES = ("cuda",)
 """Where the op may have kernels; elsewhere PyTorch's products are best left as they are."""
 RULE = "experts.grouped_mm"
 _END = 2**63 - 1
-_PRODUCT = getattr(aten, "_grouped_mm", None)
 
 
 def mixtures(graph: Graph, trace: GraphTrace, disable: frozenset[str] = frozenset(), verify: bool = False) -> None:
@@ -27,10 +26,8 @@ def mixtures(graph: Graph, trace: GraphTrace, disable: frozenset[str] = frozense
     A mixture is anchored at its second product. It has to be exactly what transformers writes: pairs sorted by expert,
     two products by group with a gated activation in between, weights, and a sum over what each token chose.
     """
-    if _PRODUCT is None:
-        return
     infer, written = Inference(), writers(graph)
-    for down in graph.find_nodes(op="call_function", target=_PRODUCT.default):
+    for down in graph.find_nodes(op="call_function", target=aten._grouped_mm.default):
         if down.meta["val"].device.type not in DEVICES or _is(down.args[0], aten.index.Tensor):
             continue  # that is the first of the two, which reads the tokens themselves
         try:
@@ -95,8 +92,7 @@ class _Walk:
 
     def _product(self, node: Any) -> tuple[Node, Node, Node]:
         """Rows, weights as the op has them and the ends of groups, of a product."""
-        assert _PRODUCT is not None
-        product = self._take(node, "a product by group", _PRODUCT.default)
+        product = self._take(node, "a product by group", aten._grouped_mm.default)
         if len(product.args) != 3 or product.kwargs:
             raise _OtherError("a product by group has a bias or another dtype", "none")
         rows, weight, ends = product.args

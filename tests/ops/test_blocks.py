@@ -131,6 +131,8 @@ def test_symbolic_sizes() -> None:
     assert isinstance(plan("sm_90", {**arguments, **weight, **few})[0], Late)
     for dim in (0, 1):
         assert plan("sm_90", {**arguments, "b": fake("b", dim)})[1] == "triton: the size of the weight is symbolic"
+        cublas = block_scaled_mm.backends[0].plan(H100, **{**arguments, "b": fake("b", dim)})
+        assert cublas == "the size of the weight is symbolic"
     assert not environment.guards
 
 
@@ -229,6 +231,8 @@ def test_cublas_wants_dense_operands() -> None:
     assert "b_scale" in cublas(H100, **{**arguments, "b_scale": wide})
     across = arguments["a"].view(torch.uint8).t().contiguous().t().view(torch.float8_e4m3fn)
     assert "'a'" in cublas(H100, **{**arguments, "a": across})
+    powers = {**arguments, "a_scheme": "fp8_group128,scale_dtype=float8_e8m0fnu"}
+    assert "with float32 scales" in cublas(H100, **powers)
 
 
 def test_old_cuda_has_no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

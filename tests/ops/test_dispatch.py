@@ -119,6 +119,8 @@ def test_cublas_knows_blocks_from_some_target_on() -> None:
         for kind in ("fp8_block128", "mxfp8", "nvfp4")
     }
     assert able["fp8_block128"] == {"sm_90"}
+    unknown = Request("fp8_block128", None, 4096, 4096)
+    assert why_not(Arch("sm_90"), unknown, "cublas") == "the number of rows is symbolic"
     assert able["mxfp8"] == able["nvfp4"] == {name for name in FP8 if name not in ("sm_89", "sm_90", "gfx950")}
 
 

@@ -187,6 +187,17 @@ def test_the_override_reaches_the_launches(tables: Path) -> None:
     assert launch.note == "the second product takes 32 rows a block, as the first, not 64"
 
 
+@pytest.mark.parametrize("which", ["", "_down"])
+def test_null_leaves_a_mixture_to_pytorch(tables: Path, which: str) -> None:
+    name = f"E=6,N=32,device_name=NVIDIA_H100_80GB_HBM3{which}.json"
+    (tables / name).write_text('{"40": null}')
+    forget()
+    launch, why = plan(mixture(40, 64, 32))
+    assert launch is None
+    assert "something else was measured faster at 40 rows, E=6,N=32" in why
+    assert isinstance(plan(mixture(1, 64, 32))[0], Launch), "that is more than four times fewer"
+
+
 def test_what_the_products_cannot_be_cut_as(tables: Path) -> None:
     device = "device_name=NVIDIA_H100_80GB_HBM3"
     for name, entry, reason in (
