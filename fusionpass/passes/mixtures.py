@@ -28,7 +28,8 @@ def mixtures(graph: Graph, trace: GraphTrace, disable: frozenset[str] = frozense
     """
     infer, written = Inference(), writers(graph)
     for down in graph.find_nodes(op="call_function", target=aten._grouped_mm.default):
-        if down.meta["val"].device.type not in DEVICES or _is(down.args[0], aten.index.Tensor):
+        rows = down.args[0].args[2] if _is(down.args[0], aten.where.self) else down.args[0]
+        if down.meta["val"].device.type not in DEVICES or _is(rows, aten.index.Tensor):
             continue  # that is the first of the two, which reads the tokens themselves
         try:
             match = _Walk(down).match()
@@ -61,6 +62,7 @@ class _Walk:
     def __init__(self, down: Node) -> None:
         self.down = down
         self.seen: dict[Node, Node] = {}
+        self.masks: list[tuple[Any, Any]] = []
 
     def match(self) -> Match:
         """The mixture, with the arguments of the op.
@@ -70,11 +72,15 @@ class _Walk:
         """
         hidden, down, ends = self._product(self.down)
         first, activation = self._activated(hidden)
-        rows, up, other = self._product(first)
+        rows, up, other = self._product(self._unmasked(first))
         if other is not ends:
             raise _OtherError("the products have other groups", "the same in both")
-        x, order, ids, top = self._order(rows, ends, up.meta["val"].shape[0])
+        x, order, ids, top = self._order(self._unmasked(rows), ends, up.meta["val"].shape[0])
         result, weights = self._result(order, top)
+        sort = order.args[0]
+        for owners, count in self.masks:
+            if not _is(owners, getitem) or owners.args != (sort, 0) or count != up.meta["val"].shape[0]:
+                raise _OtherError("rows are hidden for another reason", "those of no expert hidden")
         given = {"x": x, "up": up, "down": down, "ids": ids, "weights": weights, "activation": activation}
         return Match(self.seen, (result,), given)
 
@@ -85,6 +91,17 @@ class _Walk:
         self.seen[node] = node
         found: Node = node
         return found
+
+    def _unmasked(self, node: Any) -> Any:
+        """`node` before rows of no expert were made zeros in it, as some versions do; the op has none of these."""
+        if not _is(node, aten.where.self):
+            return node
+        mask, zero, value = self._given(node, "", aten.where.self)
+        column, axis = self._given(mask, "a column that hides rows", aten.unsqueeze.default)
+        self.masks.append(self._given(column, "pairs of no expert", aten.ge.Scalar)[:2])
+        if self._take(zero, "zeros", aten.scalar_tensor.default).args[0] != 0 or axis not in (-1, 1):
+            raise _OtherError("hidden rows are not zeros", "zeros")
+        return value
 
     def _given(self, node: Any, what: str, *targets: Any) -> tuple[Any, ...]:
         """The arguments of a part of the mixture."""
@@ -155,11 +172,13 @@ class _Walk:
 
     def _result(self, order: Node, top: Any) -> tuple[Node, Node]:
         """The weighted sum, and the weights."""
-        node = self._reader(self.down)
+        rows, node = self.down, self._reader(self.down)
+        if _is(node, aten.where.self) and self._unmasked(node) is rows:
+            rows, node = node, self._reader(node)
         if _is(node, CAST):
-            node = self._reader(self._take(node, "a cast to float32", CAST))
+            rows, node = self._take(node, "a cast to float32", CAST), self._reader(node)
         product = self._take(node, "weighted rows", aten.mul.Tensor)
-        (column,) = [one for one in product.args if one not in (self.down, *self.down.users)] or [None]
+        (column,) = [one for one in product.args if one is not rows] or [None]
         wide = self._take(column, "a column of weights", aten.unsqueeze.default)
         weight = self._take(wide.args[0], "weights in the order of the rows", aten.index.Tensor)
         if wide.args[1] not in (-1, 1) or _only(weight.args[1]) is not order:
