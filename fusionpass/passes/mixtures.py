@@ -18,6 +18,8 @@ DEVICES = ("cuda",)
 """Where the op may have kernels; elsewhere PyTorch's products are best left as they are."""
 RULE = "experts.grouped_mm"
 _END = 2**63 - 1
+_WHOLE: list[Any] = [0, 0, _END, 1]
+"""The defaults of a slice: axis, start, end, step."""
 
 
 def mixtures(graph: Graph, trace: GraphTrace, disable: frozenset[str] = frozenset(), verify: bool = False) -> None:
@@ -125,10 +127,11 @@ class _Walk:
         given = op.bind(acted.args, acted.kwargs)
         product = None
         for name, (low, high) in (("gate", (0, None)), ("up", (None, _END))):
-            source, axis, start, end, *step = self._given(given[name], f"half a row as {name}", aten.slice.Tensor)
+            source, *bounds = self._given(given[name], f"half a row as {name}", aten.slice.Tensor)
+            axis, start, end, step = [*bounds, *_WHOLE[len(bounds) :]]
             width = source.meta["val"].shape[-1]
             wanted = (width // 2 if low is None else low, width // 2 if high is None else high)
-            if axis not in (-1, 1) or (start, end) != wanted or step not in ([], [1]):
+            if axis not in (-1, 1) or (start, end) != wanted or step != 1:
                 raise _OtherError(f"{name} is [{start}:{end}] of {width}", "the gate in the first half")
             if product is not None and source is not product:
                 raise _OtherError("gate and up are of two products", "both of one")
