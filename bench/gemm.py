@@ -17,8 +17,10 @@ from rich.table import Table
 
 from fusionpass.launch import Launch
 from fusionpass.op import Op
-from fusionpass.ops import block_scaled_mm, quantize, scaled_mm
+from fusionpass.ops import block_scaled_mm, scaled_mm
+from fusionpass.ops.gemm.blocks_triton import table_key
 from fusionpass.ops.gemm.stream import Cut
+from fusionpass.tuning.families import TUNABLES
 from fusionpass.tuning.timing import cold_sets, launch_call, time_calls, warm_up
 
 from .implementations import compile_apart, search, with_cut
@@ -57,12 +59,8 @@ def grid_of(rows: int, columns: int) -> list[Cut]:
 def arguments(rows: int, columns: int, k: int, scheme: str) -> dict[str, Any]:
     """Random codes whose scales make a product of about one."""
     if scheme in BLOCKS:
-        made: dict[str, Any] = {"a_scheme": scheme, "b_scheme": BLOCKS[scheme]}
-        for name, n, kind in (("a", rows, scheme), ("b", columns, BLOCKS[scheme])):
-            x = torch.randn(n, k, device="cuda") / k**0.25
-            whole = x.abs().amax() / 2688 if scheme == "nvfp4" else None
-            made[name], made[f"{name}_scale"] = quantize.reference(x, whole, kind)
-            made[f"{name}_global_scale"] = whole
+        key = table_key(BLOCKS[scheme], columns, k)
+        made = TUNABLES["block_scaled_mm"].arguments(key, rows, torch.bfloat16, "cuda", None)
         return block_scaled_mm.bind((), made)
     dtype = torch.int8 if scheme == "int8_token" else torch.float8_e4m3fn
     a, b = (torch.randn(n, k, device="cuda").mul(30).to(dtype) for n in (rows, columns))

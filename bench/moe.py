@@ -18,8 +18,10 @@ from rich.table import Table
 
 from fusionpass.arch import Arch
 from fusionpass.launch import Launch
-from fusionpass.ops import experts, quantize
-from fusionpass.ops.moe import SCHEMES, weight_scheme
+from fusionpass.ops import experts
+from fusionpass.ops.moe import SCHEMES
+from fusionpass.ops.moe.triton import table_key
+from fusionpass.tuning.families import TUNABLES
 from fusionpass.tuning.timing import launch_call, time_calls, warm_up
 
 from .machine import require_gpu, results_folder, save
@@ -33,39 +35,18 @@ SHAPES = {
 SETS = 4
 
 
-def sets_of(tokens: int, shape: tuple[int, int, int, int], scheme: str) -> list[dict[str, Any]]:
+def sets_of(tokens: int, shape: tuple[int, int, int, int], scheme: str, device: str = "cuda") -> list[dict[str, Any]]:
     """Arguments of calls that share their weights, and choose others of them."""
     hidden, inner, count, top = shape
-    weights: dict[str, Any] = {"x_scheme": scheme}
-    for name, rows, k in (("up", 2 * inner, hidden), ("down", hidden, inner)):
-        weights |= weight(name, count, rows, k, scheme)
-    if scheme and weight_scheme(scheme).takes_scale:
-        largest = 2688 if scheme == "nvfp4" else 448
-        weights |= {name: torch.tensor(4.0 / largest, device="cuda") for name in ("x_scale", "hidden_scale")}
+    key = {**table_key(scheme, count, inner, False), "hidden": hidden, "top": top}
+    weights = TUNABLES["experts"].arguments(key, 1, torch.bfloat16, device, None)
     made = []
     for _ in range(SETS):
-        scores = torch.randn(tokens, count, device="cuda").softmax(-1).topk(top)
-        x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
+        scores = torch.randn(tokens, count, device=device).softmax(-1).topk(top)
+        x = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)
         given = {"x": x, "ids": scores.indices, "weights": scores.values.to(torch.bfloat16)}
-        made.append(experts.bind((), {**given, **weights}))
+        made.append(experts.bind((), {**weights, **given}))
     return made
-
-
-def weight(name: str, count: int, rows: int, k: int, scheme: str) -> dict[str, Any]:
-    """One of the two weights, and its scales."""
-    each = []
-    for _ in range(count):
-        w = torch.randn(rows, k, device="cuda") / k**0.5
-        if not scheme:
-            each.append([w.to(torch.bfloat16)])
-            continue
-        kind = weight_scheme(scheme)
-        given = w.abs().amax() / (2688 if kind.packed else 448) if kind.takes_scale else None
-        found = quantize.reference(w, given, str(kind))
-        codes, *scales = found if isinstance(found, tuple | list) else (found,)
-        each.append([codes, *(scales or [given]), *([given] if scales and given is not None else [])])
-    names = (name, f"{name}_scale", f"{name}_global_scale")
-    return {key: torch.stack(parts) for key, parts in zip(names, zip(*each, strict=True), strict=False)}
 
 
 def grouped(given: dict[str, Any]) -> Callable[[dict[str, Any]], torch.Tensor]:

@@ -58,8 +58,9 @@ def recognise(
             for match in matches:
                 if any(node._erased for node in match.nodes.values()):
                     continue  # the one before it took what this one reads
-                refusal = disabled(spelling.name, spelling.op, disable) or _apply(
-                    graph, spelling, match, matches, infer, written, verify, note
+                arguments = _arguments(spelling, match)
+                refusal = disabled(spelling.name, spelling.op, disable) or replace(
+                    graph, spelling.name, spelling.op, arguments, match, matches, infer, written, verify, note
                 )
                 if refusal is not None:
                     refused.append(_record(spelling, match.root, refusal))
@@ -87,9 +88,12 @@ def recognise(
         for match, record in waiting if len(together) > 1 else ():
             if match in together and record in trace.refused:
                 taken = any(node._erased for node in match.nodes.values())
-                refusal = disabled(spelling.name, spelling.op, disable) or (
-                    None if taken else _apply(graph, spelling, match, together, infer, written, verify, "")
-                )
+                refusal = disabled(spelling.name, spelling.op, disable)
+                if refusal is None and not taken:
+                    arguments = _arguments(spelling, match)
+                    refusal = replace(
+                        graph, spelling.name, spelling.op, arguments, match, together, infer, written, verify, ""
+                    )
                 trace.refused = [r for r in trace.refused if r is not record or refusal is not None]
     # What a later match took is no miss.
     trace.missed += [record for anchor, record in missed.items() if not anchor._erased]
@@ -149,19 +153,10 @@ def _search(spelling: Spelling, patterns: Iterable[Pattern], anchor: Node) -> li
     return [m for m, nodes in inside.items() if not any(nodes < others for others in inside.values())] or furthest
 
 
-def _apply(
-    graph: Graph,
-    spelling: Spelling,
-    match: Match,
-    together: Iterable[Match],
-    infer: Inference,
-    written: Sequence[Node],
-    verify: bool,
-    note: str,
-) -> Refusal:
+def _arguments(spelling: Spelling, match: Match) -> dict[str, Any]:
+    """The op's arguments where `spelling` was found."""
     named = {k: v for k, v in match.arguments.items() if k in spelling.op.signature.parameters}
-    arguments = spelling.op.bind((), {**named, **spelling.constants})
-    return replace(graph, spelling.name, spelling.op, arguments, match, together, infer, written, verify, note)
+    return spelling.op.bind((), {**named, **spelling.constants})
 
 
 def _record(spelling: Spelling, anchor: Node, reason: str) -> Record:

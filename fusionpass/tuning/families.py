@@ -65,39 +65,18 @@ def _block_footprint(arch: Arch, key: Key, m: int, cut: blocks_triton.Cut) -> Fo
     if cut.rows == 1:
         held = cut.columns * cut.depth // (cut.warps * arch.warp_size)
         return Footprint(0, 32 + 3 * held, cut.warps) if held >= 4 else "columns: less than 4 bytes for each thread"
-    return _tile(arch, cut, m, 1, 2 if "w8a8" in key["dtype"] else 1, key)
-
-
-def _tile(arch: Arch, cut: blocks_triton.Cut, most: int, products: int, sums: int, key: Key) -> Footprint | str:
-    """What a program takes whose sums are in registers.
-
-    Args:
-        arch: the target.
-        cut: the configuration.
-        most: rows that a tile may find.
-        products: made at once.
-        sums: copies of the sums: what is scaled group by group has one more.
-        key: of the table.
-    """
-    if cut.rows > max(16, triton.next_power_of_2(most)):
-        return f"rows: there are {most}"
-    if cut.rows * 2 < min(128, most):
+    if cut.rows > max(16, triton.next_power_of_2(m)):
+        return f"rows: there are {m}"
+    if cut.rows * 2 < min(128, m):
         return "rows: a tile of less than half of them reads the weight too often"
-    if programs_too_few(arch, cut, most, key):
+    if 4 * programs * cut.splits < arch.multiprocessors:
         return "tile: less than a quarter of the multiprocessors would have one"
-    threads = cut.warps * arch.warp_size
-    held = (products + sums - 1) * cut.rows * cut.columns // threads
+    # What is scaled group by group has its sums twice.
+    sums = 2 if "w8a8" in key["dtype"] else 1
+    held = sums * cut.rows * cut.columns // (cut.warps * arch.warp_size)
     if held < 8:
         return "warps: less than 8 sums for each thread"
-    size = 2 if key.get("dtype") is None else 1
-    shared = cut.stages * (cut.rows + products * cut.columns) * cut.depth * size
-    return Footprint(shared, held + 40, cut.warps)
-
-
-def programs_too_few(arch: Arch, cut: blocks_triton.Cut, most: int, key: Key) -> bool:
-    """Whether most of the device would have nothing to do."""
-    count = -(-most // cut.rows) * -(-key["N"] // cut.columns) * cut.splits * key.get("E", 1)
-    return bool(4 * count < arch.multiprocessors)
+    return Footprint(cut.stages * (cut.rows + cut.columns) * cut.depth, held + 40, cut.warps)
 
 
 def _block_work(key: Key, m: int) -> tuple[float, float]:

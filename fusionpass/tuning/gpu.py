@@ -1,6 +1,7 @@
 """A search on a GPU: what compiles, allocates, times and checks there."""
 
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -102,7 +103,7 @@ def beside(job: Job, given: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
     compiled = torch.compile(reference, fullgraph=True, dynamic=False)
     samples = time_calls(lambda i: compiled(*(bound[i][name] for name in names)), len(bound))
-    return {"inductor": sorted(samples)[len(samples) // 2]}
+    return {"inductor": statistics.median(samples)}
 
 
 def bench(workers: int, timed_beside: bool = False) -> Bench:

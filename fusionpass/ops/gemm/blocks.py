@@ -135,14 +135,12 @@ def _plan_cublas(
     arch: Arch,
     a: torch.Tensor,
     b: torch.Tensor,
-    a_scale: torch.Tensor,
     b_scale: torch.Tensor,
     a_scheme: str = "fp8_group128",
     b_scheme: str = "fp8_block128",
-    a_global_scale: torch.Tensor | None = None,
-    b_global_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     out_dtype: str = "bfloat16",
+    **_: Any,
 ) -> Plain | str:
     """PyTorch's call of cuBLAS, where it has such a product and is faster."""
     kinds = Scheme.parse(a_scheme), Scheme.parse(b_scheme)

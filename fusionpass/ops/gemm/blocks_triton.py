@@ -110,9 +110,13 @@ def table_key(kind: str, columns: int, k: int) -> dict[str, object]:
         columns: rows of `b`.
         k: codes of a row.
     """
+    return {"N": columns, "K": k, **named(kind)}
+
+
+def named(kind: str) -> dict[str, object]:
+    """What tables say of how both operands are quantised."""
     dtype, _, block = kind.partition("_block")
-    shape = {"block_shape": [int(block), int(block)]} if block else {}
-    return {"N": columns, "K": k, "dtype": f"{dtype}_w8a8" if block else kind, **shape}
+    return {"dtype": f"{dtype}_w8a8", "block_shape": [int(block), int(block)]} if block else {"dtype": kind}
 
 
 def refuse_cut(cut: Cut, group: int, by_sum: bool) -> str | None:

@@ -13,7 +13,7 @@ from ...launch import Empty, Late, Launch
 from ...tuning.store import choose
 from ..gemm.blocks import group_of
 from ..gemm.blocks_kernel import block_kernel
-from ..gemm.blocks_triton import REACH, Cut, native, refuse_cut
+from ..gemm.blocks_triton import REACH, Cut, kind_of, named, native, refuse_cut
 from ..quant.scheme import Scheme
 from ..quant.triton import plan_quantize
 from ..rows import known, static
@@ -70,14 +70,11 @@ def table_key(scheme: str, experts: int, columns: int, down: bool) -> dict[str, 
         columns: of what is between the products.
         down: of the second product.
     """
-    kind = Scheme.parse(scheme) if scheme else None
-    dtype: str | None = None
-    block = None
-    if kind is not None:
-        own = kind.packed or group_of(kind) == 32
-        dtype = scheme.partition(",")[0] if own else "int8_w8a8" if kind.dtype == torch.int8 else "fp8_w8a8"
-        block = [128, 128] if group_of(kind) == 128 else None
-    return {"E": experts, "N": columns, "dtype": dtype, "block_shape": block, "down": down}
+    quantized: dict[str, object] = {}
+    if scheme:
+        kind = Scheme.parse(scheme)
+        quantized = {"dtype": "fp8_w8a8"} if group_of(kind) is None else named(kind_of(kind))
+    return {"E": experts, "N": columns, **quantized, "down": down}
 
 
 def cuts_of(
@@ -94,16 +91,15 @@ def cuts_of(
         itemsize: bytes of an element, or a code.
     """
     count, inner, width = sizes
-    group = group_of(Scheme.parse(scheme)) if scheme else None
-    by_sum, packed = group == 128, bool(scheme) and Scheme.parse(scheme).packed
-    step = 1 if group is None else group // (2 if packed else 1)
+    kind = Scheme.parse(scheme) if scheme else None
+    group = 1 if kind is None else (group_of(kind) or 1) // (2 if kind.packed else 1)
 
     def refuse(cut: Cut) -> str | None:
         if cut.rows == 1:
             return "tile: mixtures have no program for single rows"
         if cut.splits != 1:
             return f"SPLITS: mixtures are not split along K, {cut.splits} ways or any"
-        return refuse_cut(cut, step, by_sum)
+        return refuse_cut(cut, group, group == 128)
 
     rule = configure(arch, tokens * top, count, inner, itemsize)
     up = choose(rule, "experts", table_key(scheme, count, inner, False), arch, tokens, reach=REACH, refuse=refuse)
