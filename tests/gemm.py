@@ -175,6 +175,6 @@ def check_product(arch: Arch, arguments: dict[str, Any], cut: Any = None) -> tor
         assert (got.shape, got.dtype, got.is_contiguous()) == (expected.shape, OUTPUTS[given["out_dtype"]], True)
         finest = torch.finfo(got.dtype)
         step = torch.maximum(expected.abs() * finest.eps, torch.tensor(finest.smallest_normal * finest.eps)) / 2
-        wrong = (got.double() - expected).abs() > slack * (1 + finest.eps) + step
+        wrong = ~((got.double() - expected).abs() <= slack * (1 + finest.eps) + step)
         assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()}, the first at {wrong.nonzero()[0].tolist()}"
     return results[0]
