@@ -179,10 +179,12 @@ def test_a_write_keeps_what_it_changes_in_front_of_it() -> None:
 
 def test_attention_alone() -> None:
     gm, inputs = captured(Stack(3), torch.randn(2, 7, WIDTH))
-    program, record, _ = built(gm, inputs, attention_alone=True)
+    program, record, requests = built(gm, inputs, attention_alone=True)
     assert [piece.boundary != "" for piece in record.pieces] == [False, True] * 3 + [False]
     assert [step.uncapturable != "" for step in program.steps] == [False, True] * 3 + [False]
     assert "attention" in record.pieces[1].boundary
+    assert len(requests) == 4, "attention is compiled like any other piece, once"
+    assert {piece.graph for piece in record.pieces[1::2]} == {1}
 
 
 @pytest.mark.parametrize(
