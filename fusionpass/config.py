@@ -31,8 +31,8 @@ class Config:
             out.
         numerics: "eager" keeps every intermediate rounding of eager mode; "fast" lets Inductor drop those that it
             drops by default (it keeps float32 between operators).
-        cuda_graphs: "full": one CUDA graph a call; "piecewise": one a piece, with attention outside; "auto": full where
-            every op can be captured, else piecewise; "off".
+        cuda_graphs: "full": one CUDA graph a call; "piecewise": one a piece, with `boundaries` and the attention of
+            other libraries than PyTorch outside; "auto": full where every op can be captured, else piecewise; "off".
         capture_sizes: token counts to capture at the first call, and to pad other calls to where rows are proven
             independent; None: sizes are captured as they come, at their second call.
         boundaries: operators that stay out of CUDA graphs, and where the graph is cut: "lib::op", or the full name of a

@@ -63,7 +63,7 @@ class Builder:
         compile_piece: compiles a piece, or finds what an alike one was compiled to; before that it tells its second
             argument the index of the `GraphTrace`, so that a report of what failed exists.
         boundaries: operators to cut around, as `Config.boundaries`.
-        attention_alone: attention stays out of the pieces, for one CUDA graph a piece.
+        attention_alone: other libraries' attention stays out of the pieces, for one CUDA graph a piece.
         paths: by index of a `GraphTrace`, the modules of each node of the piece that it was compiled for.
     """
 
@@ -84,11 +84,11 @@ class Builder:
         parts = None if whole else cut(gm, self.boundaries, self.attention_alone)
         known: dict[str, Fingerprint] = {}
         if parts is not None:
-            known = {name: fingerprint(p.module) for name, p in parts.pieces.items() if not p.eager}
+            known = {name: fingerprint(p.module) for name, p in parts.pieces.items() if not p.boundary}
             if len(known) == len(parts.pieces) and len({f.text for f in known.values()}) == len(known):
                 parts = None  # no two are alike: a cut would only cost
         if parts is None:
-            return self._program(_uncut(gm), {"whole": Piece("piece_0", gm, "", "", False)}, {}, record, inputs)
+            return self._program(_uncut(gm), {"whole": Piece("piece_0", gm, "", "")}, {}, record, inputs)
         return self._program(parts.top, parts.pieces, known, record, None)
 
     def _program(
@@ -115,15 +115,14 @@ class Builder:
                 outputs = tuple(range(count, count + len(_results(piece.module))))
                 count += len(outputs)
                 slots[node] = outputs[0] if len(outputs) == 1 and node.target != "whole" else outputs
-                if piece.eager:
+                if piece.boundary:
                     record.pieces.append(PieceRecord(piece.name, None, piece.why, piece.boundary, _span(piece.module)))
                     steps.append(Step(piece.name, piece.module, given, outputs, (), piece.boundary))
                     continue
                 request = _request(piece.module, known.get(node.target), inputs)
                 code = self.compile_piece(request, functools.partial(self._note, record, piece))
                 mutated.update(given[i] for i in code.mutated)
-                out = piece.boundary or code.uncapturable
-                steps.append(Step(piece.name, code.call, given, outputs, (), out, code.rows))
+                steps.append(Step(piece.name, code.call, given, outputs, (), code.uncapturable, code.rows))
             elif node.target is getitem:
                 slots[node] = slots[node.args[0]][node.args[1]]
         results = tuple(slots[value] for value in _results(top))

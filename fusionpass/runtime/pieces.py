@@ -1,4 +1,4 @@
-"""Cut a graph of Dynamo's into pieces: alike ones are compiled once, and attention can stay out of a CUDA graph."""
+"""Cut a graph of Dynamo's into pieces: alike ones are compiled once, and some operators stay out of CUDA graphs."""
 
 import operator
 import re
@@ -12,6 +12,8 @@ from torch.fx.passes.split_module import split_module
 
 ATTENTION = re.compile(r"scaled_dot_product_\w*attention|flex_attention|flash_attn|paged_attention|_attention_forward")
 """Names of functions and operators that are attention."""
+_OF_TORCH = re.compile(r"scaled_dot_product|flex_attention")
+"""Attention of PyTorch's own, which a CUDA graph can hold; other libraries' may prepare each call on the host."""
 _REGROUPS = frozenset({
     "view", "reshape", "expand", "transpose", "permute", "unsqueeze", "squeeze", "contiguous", "flatten", "unflatten",
     "getitem",
@@ -30,14 +32,12 @@ class Piece:
         module: the part; it returns a tuple.
         why: why the graph was cut in front of it; empty for the first.
         boundary: it holds nothing but operators that stay out of CUDA graphs, and why.
-        eager: one of these is not ours to compile either.
     """
 
     name: str
     module: GraphModule
     why: str
     boundary: str
-    eager: bool
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,12 @@ def cut(gm: GraphModule, boundaries: Collection[str] = (), attention_alone: bool
     Args:
         gm: not changed.
         boundaries: further operators to cut around, "lib::op" or the name of a function.
-        attention_alone: cut behind attention too, for one CUDA graph a piece.
+        attention_alone: cut behind other libraries' attention too, which then stays out of CUDA graphs.
     """
     graph, groups = _ordered(gm.graph)
     gm = GraphModule(gm, graph)
     parts: dict[Node, int] = {}
     starts = [("", "")]  # of each piece: why the cut, why it stays out of CUDA graphs
-    eager: set[int] = set()
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "output", "get_attr"):
             continue
@@ -131,9 +130,9 @@ def cut(gm: GraphModule, boundaries: Collection[str] = (), attention_alone: bool
             continue
         attention = groups.get(node)
         name = qualified_name(attention or node)
-        named = boundary(attention or node, boundaries)
-        out = attention is not None and attention_alone
-        alone = named or (f"{name} is attention" if out else "")
+        alone = boundary(attention or node, boundaries)
+        if attention is not None and attention_alone and not _OF_TORCH.search(name):
+            alone = alone or f"{name} is attention of another library"
         before = starts[-1][1]
         begins = attention is not None and groups.get(node.prev) is not attention
         if bool(alone) != bool(before) or (begins and not alone):
@@ -141,8 +140,6 @@ def cut(gm: GraphModule, boundaries: Collection[str] = (), attention_alone: bool
             why = alone or (f"attention: {name}" if begins else f"behind {before}")
             starts[-1 if not parts else len(starts) :] = [(why, alone)]
         parts[node] = len(starts) - 1
-        if named:
-            eager.add(parts[node])
     top = split_module(gm, gm, lambda node: parts[node], keep_original_order=True)
     pieces = {}
     for name, module in top.named_children():
@@ -150,7 +147,7 @@ def cut(gm: GraphModule, boundaries: Collection[str] = (), attention_alone: bool
         if found and isinstance(module, GraphModule):
             index = int(found[1])
             _return_tuple(module)
-            pieces[name] = Piece(f"piece_{index}", module, *starts[index], index in eager)
+            pieces[name] = Piece(f"piece_{index}", module, *starts[index])
     return Cut(top, pieces)
 
 

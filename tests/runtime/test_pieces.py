@@ -40,7 +40,19 @@ def _(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
 
 
+@torch.library.custom_op("fusionpass_tests::paged_attention", mutates_args=())
+def paged_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@paged_attention.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(q)
+
+
 class Layer(nn.Module):
+    attend: Callable[..., torch.Tensor] = staticmethod(F.scaled_dot_product_attention)
+
     def __init__(self, eps: float = 1e-6) -> None:
         super().__init__()
         self.q, self.kv, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
@@ -51,7 +63,7 @@ class Layer(nn.Module):
         q = self.q(h).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         k, v = (t.unflatten(-1, (HEADS // 2, -1)).transpose(1, 2) for t in self.kv(h).chunk(2, -1))
         k, v = (t[:, :, None].expand(-1, -1, 2, -1, -1).reshape(q.shape) for t in (k, v))
-        return x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.o(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Stack(nn.Module):
@@ -168,7 +180,8 @@ def test_a_write_keeps_what_it_changes_in_front_of_it() -> None:
 
     x, cache = torch.randn(1, 2, 3, 4), torch.randn(1, 5, 4, 3).transpose(-1, -2)
     gm, inputs = captured(attend, x, cache)
-    program, _, _ = built(gm, inputs, attention_alone=True)
+    program, _, _ = built(gm, inputs, boundaries={"torch._C._nn.scaled_dot_product_attention"})
+    assert len(program.steps) == 2
     expected = attend(x, (mine := copy.deepcopy(cache)))
     names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
     theirs = copy.deepcopy(cache)
@@ -177,14 +190,19 @@ def test_a_write_keeps_what_it_changes_in_front_of_it() -> None:
     assert torch.equal(theirs, mine)
 
 
-def test_attention_alone() -> None:
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("of_torch", [False, True])
+def test_attention_alone(of_torch: bool, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another library's stays out of CUDA graphs where each piece is one; a graph can hold PyTorch's own."""
+    if not of_torch:
+        monkeypatch.setattr(Layer, "attend", staticmethod(paged_attention))
     gm, inputs = captured(Stack(3), torch.randn(2, 7, WIDTH))
-    program, record, requests = built(gm, inputs, attention_alone=True)
-    assert [piece.boundary != "" for piece in record.pieces] == [False, True] * 3 + [False]
-    assert [step.uncapturable != "" for step in program.steps] == [False, True] * 3 + [False]
-    assert "attention" in record.pieces[1].boundary
-    assert len(requests) == 4, "attention is compiled like any other piece, once"
-    assert {piece.graph for piece in record.pieces[1::2]} == {1}
+    program, record, requests = built(gm, inputs, attention_alone=alone)
+    out = [piece.boundary != "" for piece in record.pieces]
+    assert out == ([False, True] * 3 + [False] if alone and not of_torch else [False] * 4)
+    assert [step.uncapturable != "" for step in program.steps] == out
+    assert len(requests) == 3
+    assert all("paged_attention is attention of another library" in p.boundary for p in record.pieces if p.boundary)
 
 
 @pytest.mark.parametrize(
