@@ -142,6 +142,22 @@ def anchor_key(node: Node) -> Any:
     return node.target, HALVES if node.args[1] in HALVES else node.args[1]
 
 
+def links(graph: Graph) -> set[tuple[Any, ...]]:
+    """What reads what in a graph, casts left out: the targets of each node, its operands, and theirs, as chains."""
+    chains: dict[Node, set[tuple[Any, ...]]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function":
+            below = {chain for operand in node.all_input_nodes for chain in chains.get(operand, ())}
+            # A cast stands for what it reads.
+            longer = {(node.target, *chain)[:_LINKED] for chain in below} | {(node.target,)}
+            chains[node] = below if node.target is CAST else longer
+    return set().union(*chains.values())
+
+
+_LINKED = 3
+"""Nodes of a chain; two leave views between them."""
+
+
 @dataclass(eq=False)
 class Pattern:
     """A traced spelling to look for.
@@ -173,7 +189,7 @@ class Pattern:
         self.order = [n for n in self.graph.nodes if n.op == "call_function"]
         self.paths = self._paths()
         self.key = anchor_key(self.anchor)
-        self.targets = {node.target for node in self.order}
+        self.links = links(self.graph)
 
     def plausible(self, anchor: Node, reached: Reached) -> bool:
         """Whether every path from the anchor leads somewhere: quick, needed for a match.

@@ -3,7 +3,8 @@
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,20 +57,19 @@ class Spelling:
     refuse: Callable[[Mapping[str, Any]], Refusal] | None = None
     sample: Callable[..., dict[str, Any]] | None = field(default=None, hash=False)
 
-    def patterns(self, device: str, present: Container[Any] | None = None) -> list[Pattern]:
+    def patterns(self, device: str, present: AbstractSet[tuple[Any, ...]] | None = None) -> list[Pattern]:
         """The graphs of this spelling on `device` ("cpu" or "cuda"), one for each combination of dtypes.
 
         Args:
             device: where the graphs are.
-            present: the operators of the graph to look in: where it lacks one that the spelling has, in whatever
-                dtypes, only the first combination is traced, for the sake of the reason. None: all are.
+            present: the `links` of the graph to look in: where it lacks one that the spelling has, in whatever dtypes,
+                only the first combination is traced, for the sake of the reason. None: all are.
 
         Raises:
             RuleError: a number among the parameters does not appear in the traced graph.
         """
         first = self._some(device, 0, 1)
-        rare = {target for pattern in first for target in pattern.targets} - {*_COMMON}
-        if present is not None and not all(target in present for target in rare):
+        if present is not None and not all(pattern.links <= present for pattern in first):
             return first
         return first + self._some(device, 1, None)
 

@@ -30,7 +30,9 @@ def test_names_are_unique_and_have_a_family() -> None:
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.name)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda_build)])
 def test_every_spelling_finds_itself(spelling: Spelling, device: str) -> None:
+    first = spelling.patterns(device, set())
     for pattern in spelling.patterns(device):
+        assert any(one.links <= pattern.links for one in first), "where the first cannot be, no other is looked for"
         (match,) = pattern.search(pattern.anchor)
         assert list(match.outputs) == pattern.outputs
         assert len(match.interior()) == pattern.size

@@ -1,12 +1,12 @@
 """recognise: spelling → op. No op is made whose inputs, shapes and dtypes are not proven equal."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from ..graphs import (
-    CAST,
     differs,
     erase_unused,
     inherit,
@@ -19,8 +19,9 @@ from ..graphs import (
     writers,
 )
 from ..infer import Inference
-from ..match import Attempt, Match, Pattern, Reached, anchor_key
+from ..match import Attempt, Match, Pattern, Reached, anchor_key, links
 from ..op import Op, Refusal
+from ..ops.quant import Scheme
 from ..report.trace import GraphTrace, Record, Site
 from ..rule import Spelling
 from ..verify import check_rewrite
@@ -121,16 +122,22 @@ _Index = dict[Any, dict[Spelling, list[Pattern]]]
 def _index(spellings: list[Spelling], graph: Graph) -> _Index:
     """The patterns by what they are anchored at, each spelling's together, for the devices in the graph."""
     devices = {val.device.type for node in graph.nodes if (val := value(node)) is not None}
-    present = {node.target for node in graph.nodes}
-    coded = any(node.target is CAST and marks_a_site(node) for node in graph.nodes)
+    present = links(graph)
+    dtypes = {val.dtype for node in graph.nodes if node.op == "call_function" and (val := value(node)) is not None}
     index: _Index = {}
     for spelling in spellings:
-        if "scheme" in spelling.constants and not coded:
+        if "scheme" in spelling.constants and not _coded(spelling.constants["scheme"], dtypes):
             continue  # they start at a cast to codes; tracing them takes a while
         for device in sorted(devices):
             for pattern in spelling.patterns(device, present):
                 index.setdefault(pattern.key, {}).setdefault(spelling, []).append(pattern)
     return index
+
+
+def _coded(scheme: str, dtypes: Container[torch.dtype]) -> bool:
+    """Whether values of these dtypes can be codes of a scheme; packed ones are bytes."""
+    kind = Scheme.parse(scheme)
+    return (torch.uint8 if kind.packed else kind.dtype) in dtypes
 
 
 def _search(spelling: Spelling, patterns: Iterable[Pattern], anchor: Node) -> list[Match] | Attempt | None:
