@@ -19,6 +19,7 @@ from bench.start import model
 
 MODES: dict[str, dict[str, Any]] = {
     "full": {"cuda_graphs": "full"},
+    "full, no PDL": {"cuda_graphs": "full", "disable": frozenset({"pdl"})},
     "piecewise": {"cuda_graphs": "piecewise"},
     "attention eager": {
         "cuda_graphs": "piecewise",
@@ -60,7 +61,7 @@ def by_hand(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def rate(calls: dict[str, Callable[[], Any]], rounds: int = 9, repeats: int = 20) -> dict[str, float]:
-    """Microseconds of each call, in turns: the median over the rounds."""
+    """Microseconds of each call among `repeats` that nobody waits for, in turns: the median over the rounds."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(5):
@@ -76,6 +77,18 @@ def rate(calls: dict[str, Callable[[], Any]], rounds: int = 9, repeats: int = 20
     return {name: statistics.median(times) for name, times in found.items()}
 
 
+def host(call: Callable[[], Any]) -> int:
+    """Microseconds until a call returns that found the GPU idle: guards, checks and the launch."""
+    times = []
+    for _ in range(9):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e6)
+    torch.cuda.synchronize()
+    return round(statistics.median(times))
+
+
 def measure_steps(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The time of a decode step per layer, for each batch."""
     made = {mode: model(options.layers, options.width, options.scheme, "cuda") for mode in MODES}
@@ -88,10 +101,10 @@ def measure_steps(options: argparse.Namespace) -> list[dict[str, Any]]:
             for _ in range(4):
                 call()
         calls["by hand"] = by_hand(calls["by hand"])
-        times = rate(calls)
+        times = rate(calls, rounds=7, repeats=50)
         cell = {"batch": batch, **{mode: round(t / options.layers, 2) for mode, t in times.items()}}
         ratios = {f"{mode} / by hand": round(t / times["by hand"], 3) for mode, t in times.items() if mode != "by hand"}
-        cells.append(cell | ratios)
+        cells.append(cell | ratios | {f"{mode}, host us a call": host(calls[mode]) for mode in ("full", "by hand")})
         print(json.dumps(cells[-1]), flush=True)
     return cells
 
@@ -123,6 +136,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--length", type=int, default=512, help="of the static cache; the steps must fit")
     parser.add_argument("--largest", type=int, default=256, help="of the captured sizes")
+    parser.add_argument("--only", choices=["memory", "steps"])
     parser.add_argument("--scheme", default="fp8_token")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="where the checkout cannot say it")
@@ -131,7 +145,11 @@ def main() -> None:
     # Models of one class: before torch 2.14 Dynamo counts all their compilations together.
     torch._dynamo.config.recompile_limit = 64
     with torch.inference_mode():
-        found = {"memory": measure_memory(options), "steps": measure_steps(options)}
+        found = {
+            name: measure(options)
+            for name, measure in (("memory", measure_memory), ("steps", measure_steps))
+            if options.only in (None, name)
+        }
     if options.out:
         save(options.out, options, **found)
 

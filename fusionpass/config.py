@@ -28,7 +28,7 @@ class Config:
 
     Args:
         disable: names of rules ("norm.llama"), ops ("add_rms_norm"), passes ("fuse") or backends ("triton") to leave
-            out.
+            out; "pdl": no kernel is launched before the one in front of it has ended.
         numerics: "eager" keeps every intermediate rounding of eager mode; "fast" lets Inductor drop those that it
             drops by default (it keeps float32 between operators).
         cuda_graphs: "full": one CUDA graph a call; "piecewise": one a piece, with `boundaries` and the attention of
@@ -159,7 +159,7 @@ def _can_be_disabled() -> set[str]:
 
     rules = {RULE} | {spelling.name for spelling in SPELLINGS} | {fold.name for fold in FOLDS}
     backends = {backend.name for op in OPS.values() for backend in op.backends}
-    return {*_PASSES, *rules, *backends, *(op.name for op in OPS.values())}
+    return {*_PASSES, *rules, *backends, "pdl", *(op.name for op in OPS.values())}
 
 
 def _from_environment(fields: Iterable[str]) -> Config:

@@ -101,6 +101,12 @@ class Launch:
         before = tuple(launch.launching_early() for launch in self.before)
         return replace(self, args={**self.args, "PDL": 2} if self.args.get("PDL") else self.args, before=before)
 
+    def without_pdl(self) -> "Launch":
+        """The launch that begins when the kernel before it has ended."""
+        before = tuple(launch.without_pdl() for launch in self.before)
+        args = {**self.args, "PDL": False} if "PDL" in self.args else self.args
+        return replace(self, args=args, before=before, pdl=False)
+
     @property
     def all(self) -> tuple["Launch", ...]:
         """This launch, behind those before it."""

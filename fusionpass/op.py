@@ -130,6 +130,8 @@ class Op:
         reasons = []
         for backend in self.backends:
             planned = "disabled" if backend.name in disable else backend.plan(arch, **arguments)
+            if isinstance(planned, Launch) and "pdl" in disable:
+                planned = planned.without_pdl()
             if not isinstance(planned, str):
                 return planned, backend.name
             reasons.append(f"{backend.name}: {planned}")

@@ -102,7 +102,7 @@ def work(task: Task, store: Any, bench: Bench, rank: int = 0, told: Callable[[st
         store: torch.distributed's, shared by all workers.
         bench: this worker's.
         rank: this worker's number.
-        told: called with a line for each job that was settled.
+        told: called with a line for each job that was settled, and with one for all that this worker took.
 
     Returns:
         How many jobs it took.
@@ -110,9 +110,10 @@ def work(task: Task, store: Any, bench: Bench, rank: int = 0, told: Callable[[st
     Raises:
         DeviceLostError: this worker can time nothing more; what it found is written.
     """
-    until, count, spent = bench.clock() + task.budget, 0, 0.0
+    until, spent = bench.clock() + task.budget, 0.0
+    took: list[float] = []
     while (ticket := store.add("ticket", 1) - 1) < len(task.queue.jobs):
-        job, estimated, count = task.queue.jobs[ticket], task.queue.costs[ticket], count + 1
+        job, estimated, start = task.queue.jobs[ticket], task.queue.costs[ticket], bench.clock()
 
         def progress(share: float, job: Job = job, before: float = spent, whole: float = estimated) -> None:
             store.set(f"gpu {rank}", json.dumps({"seconds": before + share * whole, "job": str(job)}))
@@ -134,7 +135,10 @@ def work(task: Task, store: Any, bench: Bench, rank: int = 0, told: Callable[[st
             told(line(job, entry, record))
         spent += estimated
         progress(0.0, before=spent)
-    return count
+        took.append(bench.clock() - start)
+    if took:
+        told(f"GPU {rank}: {len(took)} jobs in {sum(took):.1f} s, the longest in {max(took):.1f}")
+    return len(took)
 
 
 def _write(task: Task, job: Job, entry: Mapping[int, Any], record: Mapping[str, Any]) -> None:

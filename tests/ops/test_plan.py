@@ -44,6 +44,19 @@ def test_launches_take_the_ops_own_tensors(op):
     assert all(id(v) in given for v in taken)
 
 
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.backends and op.namespace == "fusionpass"], ids=str)
+def test_without_programmatic_dependent_launch(op):
+    arguments = sample(op, tokens=1, width=128)
+    launch, _ = op.plan(H100, arguments)
+    plain, _ = op.plan(H100, arguments, frozenset({"pdl"}))
+    assert any(part.pdl for part in launch.all)
+    for part, other in zip(launch.all, plain.all, strict=True):
+        assert not other.pdl
+        assert not other.args.get("PDL")
+        assert "launch_pdl" not in other.options()
+        assert (other.kernel, other.grid, other.args.keys()) == (part.kernel, part.grid, part.args.keys())
+
+
 def test_targets():
     assert reason(rms_norm, Arch("cpu")) == "triton: the cpu has no Triton kernels"
     assert reason(rms_norm, Arch("sm_75")) == "triton: Triton's kernels need sm_80 or newer, not sm_75"

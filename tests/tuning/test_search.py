@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -157,8 +158,11 @@ def test_a_size_that_several_share_has_the_same_entry(tmp_path: Path) -> None:
 
     from fusionpass.tuning.run import work
 
-    work(made, HashStore(), simulated())
+    lines: list[str] = []
+    assert work(made, HashStore(), simulated(), 2, lines.append) == 3
     assert table(tmp_path / "three") == table(tmp_path / "one")
+    assert len(lines) == 2
+    assert re.fullmatch(r"GPU 2: 3 jobs in \d+\.\d s, the longest in \d+\.\d", lines[-1])
 
 
 def test_two_workers_share_the_queue(tmp_path: Path) -> None:
