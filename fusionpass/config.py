@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _CHOICES = {
     "numerics": ("fast", "eager"),
     "cuda_graphs": ("auto", "piecewise", "full", "off"),
+    "guards": ("all", "inputs"),
     "on_miss": ("ignore", "warn", "error"),
 }
 _PASSES = ("masks", "normalize", "recognise", "fuse")
@@ -41,6 +42,9 @@ class Config:
         graph_memory: how many MiB they may hold together; None: no limit.
         cache: keep compiled pieces on disk, so that the next process starts warm.
         cache_dir: where; None: "fusionpass" in the user's cache folder.
+        guards: what is checked at each call: "all" that Dynamo read, or its "inputs" alone, so that a call of a deep
+            model returns sooner. With "inputs", compile again after any change of the model, of its mode or of a
+            global that it reads; new values of its weights are seen all the same. A module is called `self` then.
         on_miss: what happens when something that looks like a fusion site did not fuse: "ignore" records it in the
             report, "warn" also warns, "error" raises `MissError`.
         verify: run every rewrite beside what it replaces, on random and awkward inputs of the traced shapes, before it
@@ -64,6 +68,7 @@ class Config:
     graph_memory: int | None = None
     cache: bool = True
     cache_dir: Path | None = None
+    guards: str = "all"
     on_miss: str = "ignore"
     verify: bool = False
     dump_dir: Path | None = None

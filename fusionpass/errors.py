@@ -75,6 +75,10 @@ class TuningError(FusionpassError):
     """A kernel cannot be tuned as asked: no device, no such sizes, or a key that its plan does not know."""
 
 
+class ChangedError(FusionpassError):
+    """A weight is no longer what a model was compiled for, and `guards="inputs"` keeps that from being noticed."""
+
+
 class NotCompiledError(FusionpassError):
     """A report was asked for a model that fusionpass has not compiled."""
 

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from torch._inductor import config as inductor_config
 
 import fusionpass
+from fusionpass.compile import dynamo_backend
 from fusionpass.errors import ConfigError, NotCompiledError
 from fusionpass.testing import ulp_distance
 from tests.models import FP8, Block, LlamaNorm, static
 
+OFFSET = 0.0
 EXACT = torch.__version__ >= "2.13"
 """From 2.13 Inductor's C++ code rounds where eager mode does when asked to; 2.11's does not."""
 
@@ -284,6 +286,45 @@ def test_equal_outputs_stay_apart() -> None:
     assert torch.equal(b, torch.ones(4))
 
 
+@pytest.mark.parametrize("guards", ["all", "inputs"])
+def test_guards(guards: str) -> None:
+    """Of inputs alone: what was compiled goes on when the module's own attributes change, but not when inputs do."""
+    torch.manual_seed(0)
+    model = fusionpass.compile(Block(64), guards=guards)
+    x, residual = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    before = model(x, residual)
+    graphs = fusionpass.report(model).model_graphs
+
+    model.norm.weight.data.mul_(2)
+    assert not torch.equal(model(x, residual)[0][0], before[0][0]), "new values of a weight are seen"
+    model.norm.weight.data.div_(2)
+    assert len(graphs) == 1
+    model.norm.variance_epsilon = 100.0
+    after = model(x, residual)
+    assert len(graphs) == (2 if guards == "all" else 1)
+    assert torch.equal(after[0][0], before[0][0]) == (guards == "inputs")
+    known = len(graphs)
+    assert_same(Block(64).float()(x.float(), residual.float())[1], model(x.float(), residual.float())[1], exact=True)
+    assert len(graphs) == known + 1, "inputs of another dtype are other inputs"
+
+
+def test_guards_of_a_function() -> None:
+    """Its arguments and what it closes over are checked, globals are not."""
+    global OFFSET
+    OFFSET, factor = 1.0, 2.0
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x * factor + OFFSET
+
+    compiled = fusionpass.compile(function, guards="inputs")
+    x = torch.ones(3)
+    assert compiled(x).tolist() == [3.0] * 3
+    OFFSET = 5.0
+    assert compiled(x).tolist() == [3.0] * 3
+    factor = 3.0
+    assert compiled(x).tolist() == [8.0] * 3
+
+
 def test_dynamic_shapes_compile_once() -> None:
     model = fusionpass.compile(Block(32), numerics="eager")
     eager = copy.deepcopy(model)
@@ -338,5 +379,7 @@ def test_mistakes() -> None:
     with pytest.raises(ConfigError):
         fusionpass.compile(model, numerics="exact")
     assert model._compiled_call_impl is None, "the model is as it was"
+    with pytest.raises(ConfigError, match=r"guards='inputs' comes too late\. Pass guard_filter_fn to torch.compile"):
+        dynamo_backend(None, [], options={"guards": "inputs"})  # type: ignore[arg-type]
     with pytest.raises(NotCompiledError, match=r"Call fusionpass\.compile"):
         fusionpass.report(model)

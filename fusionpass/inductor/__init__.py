@@ -9,6 +9,7 @@ from .pieces import Compiled, compile_graph, is_training, kernels_in, restore, t
 from .sizes import holds, keep_strides, size_check
 from .state import (
     ISOLATED,
+    compile_options,
     graph_break,
     hardware,
     options_digest,
@@ -18,7 +19,7 @@ from .state import (
 )
 
 __all__ = [
-    "ISOLATED", "Compiled", "artifacts", "compile_graph", "graph_break", "hardware", "holds", "is_training",
-    "keep_strides", "kernels_in", "options_digest", "package_digest", "recompile_reason", "register_logs",
-    "register_lowerings", "restore", "size_check", "trace_graph", "warm_up",
+    "Compiled", "ISOLATED", "artifacts", "compile_graph", "compile_options", "graph_break", "hardware", "holds",
+    "is_training", "keep_strides", "kernels_in", "options_digest", "package_digest", "recompile_reason",
+    "register_logs", "register_lowerings", "restore", "size_check", "trace_graph", "warm_up",
 ]  # fmt: skip

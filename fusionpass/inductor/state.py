@@ -28,6 +28,24 @@ ISOLATED: dict[str, Any] = (
 """Options of `torch.compile` for a limit of recompiles of one's own (from torch 2.14): Dynamo counts by code object."""
 
 
+def compile_options(guards: str) -> dict[str, Any]:
+    """Options of `torch.compile` for `Config.guards`."""
+    # A dictionary of its own for each call, which takes entries out.
+    return {**ISOLATED, "options": {"guard_filter_fn": _of_inputs}} if guards == "inputs" else ISOLATED
+
+
+def _of_inputs(guards: Sequence[Any]) -> list[bool]:
+    """Which guards are not about the module that was compiled, or about globals."""
+    return [not (guard.is_global or _root(guard.orig_guard.originating_source) == "self") for guard in guards]
+
+
+def _root(source: Any) -> str:
+    """The local variable that a value was reached from; empty if it was none."""
+    while hasattr(source, "base"):
+        source = source.base
+    return str(getattr(source, "local_name", ""))
+
+
 def warm_up() -> None:
     """Let Inductor's compile workers start while Dynamo traces; kernels are compiled one by one until they have."""
     from torch._inductor import async_compile

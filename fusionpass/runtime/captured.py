@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .device import Device
-from .memory import address, is_plain, overlap, parts
+from .memory import Layout, address, is_plain, overlap, parts
 from .observe import Recipe
 from .plan import Plan, Unit, same
 from .results import Owner, hand_out
@@ -106,6 +106,7 @@ class Captured:
             self._storages.setdefault(address(args[slot]), []).append(slot)
         inputs = self._plan.program.inputs
         self._layouts = [(s, args[s].shape, args[s].stride()) for s in plain if inputs[s].kind != "weight"]
+        self._weights = {s: Layout.of(args[s]) for s in plain if inputs[s].kind == "weight"}
         self._wrapped = [(slot, parts(args[slot])) for slot in tensors if slot not in plain]
 
     def _capture(self, unit: Unit, values: list[Any], pool: Any) -> Any:
@@ -159,6 +160,10 @@ class Captured:
             if parts(args[slot]) != pointers:
                 found.append(slot)
         return found
+
+    def changed(self, args: Sequence[Any], moved: Sequence[int]) -> list[int]:
+        """The weights among those that moved which are not what the code was compiled for."""
+        return [slot for slot in moved if slot in self._weights and Layout.of(args[slot]) != self._weights[slot]]
 
     def refusal(self, args: Sequence[Any], rows: int | None) -> str:
         """Why arguments of which none has moved cannot be run all the same, at `rows` rows; empty if they can."""

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from ..errors import ChangedError
 from .captured import UncapturableError
 from .graph_cache import Entry, GraphCache, Place
 from .memory import Layout, is_plain, overlap, parts
@@ -214,6 +215,10 @@ class Dispatcher:
 
     def _recapture(self, entry: Entry, moved: Sequence[int], args: Sequence[Any]) -> Entry | None:
         """Capture again what reads inputs where they no longer are; None: not at this call."""
+        for slot in entry.captured.changed(args, moved):
+            raise ChangedError(
+                "its shape, strides or dtype changed", self._inputs[slot].name, "Compile the model again"
+            )
         written = [slot for slot in moved if self._inputs[slot].mutated]
         copied = [slot for slot in moved if slot in self._tensors and slot not in written]
         name = self._inputs[moved[0]].name

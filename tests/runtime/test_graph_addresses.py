@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
+from fusionpass.errors import ChangedError
 from fusionpass.runtime.program import Program
 from tests.runtime.harness import Bench, W, linear, numbers, same
 from tests.runtime.programs import S, program, tensor, weight
@@ -27,6 +28,19 @@ def test_a_weight_that_moved_is_never_stale() -> None:
     bench(3, numbers(3, 4), w)
     assert bench.counts() == (2, 5)
     assert bench.note.recaptures == {"w moved": 1}
+
+
+@pytest.mark.parametrize(
+    "other", [numbers(5), numbers(4, 2)[:, 0], numbers(4).double()], ids=["shape", "stride", "dtype"]
+)
+def test_a_weight_that_is_another_kind_of_tensor(other: Tensor) -> None:
+    """Where nobody guards on it: the code was compiled for the one that was there."""
+    bench = Bench(linear())
+    for _ in range(3):
+        bench(3, numbers(3, 4), W)
+    with pytest.raises(ChangedError, match=r"w: its shape, strides or dtype changed\. Compile the model again"):
+        bench.call(3, numbers(3, 4), other)
+    bench(3, numbers(3, 4), W)
 
 
 def test_weights_that_move_all_the_time() -> None:
