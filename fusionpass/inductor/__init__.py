@@ -19,7 +19,24 @@ from .state import (
 )
 
 __all__ = [
-    "Compiled", "ISOLATED", "artifacts", "compile_graph", "compile_options", "graph_break", "hardware", "holds",
-    "is_training", "keep_strides", "kernels_in", "options_digest", "package_digest", "recompile_reason",
-    "register_logs", "register_lowerings", "restore", "size_check", "trace_graph", "warm_up",
+    "ISOLATED",
+    "Compiled",
+    "artifacts",
+    "compile_graph",
+    "compile_options",
+    "graph_break",
+    "hardware",
+    "holds",
+    "is_training",
+    "keep_strides",
+    "kernels_in",
+    "options_digest",
+    "package_digest",
+    "recompile_reason",
+    "register_logs",
+    "register_lowerings",
+    "restore",
+    "size_check",
+    "trace_graph",
+    "warm_up",
 ]  # fmt: skip
