@@ -45,7 +45,7 @@ def results_folder(chosen: Path | None) -> Path:
 def save(path: Path, options: argparse.Namespace, **found: Any) -> None:
     """Write what was found, behind the facts and the options that say what was measured."""
     said = {k: v for k, v in vars(options).items() if k not in ("out", "child", "commit")}
-    path.write_text(json.dumps({**facts(options.commit), **said, **found}, indent=1) + "\n")
+    path.write_text(json.dumps({**said, **facts(options.commit), **found}, indent=1) + "\n")
 
 
 def _commit() -> str:
