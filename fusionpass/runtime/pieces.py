@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.passes.split_module import split_module
 
 ATTENTION = re.compile(r"scaled_dot_product_\w*attention|flex_attention|flash_attn|paged_attention|_attention_forward")
@@ -118,10 +119,9 @@ def cut(gm: GraphModule, boundaries: Collection[str] = (), attention_alone: bool
         attention_alone: cut behind other libraries' attention too, which then stays out of CUDA graphs.
     """
     graph, groups = _ordered(gm.graph)
-    gm = GraphModule(gm, graph)
     parts: dict[Node, int] = {}
     starts = [("", "")]  # of each piece: why the cut, why it stays out of CUDA graphs
-    for node in gm.graph.nodes:
+    for node in graph.nodes:
         if node.op in ("placeholder", "output", "get_attr"):
             continue
         producer = _producer(node)
@@ -140,7 +140,9 @@ def cut(gm: GraphModule, boundaries: Collection[str] = (), attention_alone: bool
             why = alone or (f"attention: {name}" if begins else f"behind {before}")
             starts[-1 if not parts else len(starts) :] = [(why, alone)]
         parts[node] = len(starts) - 1
-    top = split_module(gm, gm, lambda node: parts[node], keep_original_order=True)
+    with _use_lazy_graph_module(True):  # of most pieces nobody runs the code: an alike one was compiled
+        gm = _make_graph_module(gm, graph)
+        top = split_module(gm, gm, lambda node: parts[node], keep_original_order=True)
     pieces = {}
     for name, module in top.named_children():
         found = re.fullmatch(r"submod_(\d+)", name)
