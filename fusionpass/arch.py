@@ -67,7 +67,7 @@ class Arch:
 
     @property
     def has_pdl(self) -> bool:
-        """Programmatic dependent launch: Hopper and newer."""
+        """Whether it has programmatic dependent launch (Hopper and newer)."""
         return self.capability >= 90
 
     @property

@@ -49,7 +49,7 @@ class Backend:
     """One way to run an op.
 
     Args:
-        name: as it appears in reports and in `Config.disable`.
+        name: as in `Config.disable`, and in reports where it chose a library's call; a launch is "triton" there.
         plan: `plan(arch, **arguments)`, a pure function: the launch, or the reason why this kernel cannot run it there.
             Tensors may be fake and sizes symbolic; `Late` where it is these sizes that decide, `Plain` for a library's.
     """

@@ -67,14 +67,14 @@ def quantizing(base: Op, output: str) -> Op:
     Args:
         {", ".join(p.name for p in given)}: as `{base.name}`.
         scale, scheme: as `quantize`.
-        scale_2 to scale_5: further scales of a static scheme; each gives codes of its own.
+        scale_2, scale_3, scale_4, scale_5: further scales of a static scheme; each gives codes of its own.
         {output}_out: whether `{output}` itself is returned too.
 
     Returns:
         What `quantize` returns, the further codes, then {", ".join((output, *base.options))} where asked for.
 
     Raises:
-        As `{base.name}` and `quantize`; ArgumentError: several scales for a scheme that computes its own.
+        ArgumentError: as `{base.name}` and `quantize`, or there are several scales for a scheme that computes its own.
     """
     # A step of 16 bits of the largest value, in steps of the largest code.
     cancels = 0.125 if base.tolerance[output].cancels else 0.0

@@ -24,7 +24,7 @@ _OURS = "fusionpass"
 
 
 def save_quantized(model: nn.Module, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
-    """Write a model with `QuantizedLinear`s as compressed-tensors does: safetensors files and config.json.
+    """Write a model whose linears are quantised as compressed-tensors does: safetensors files and config.json.
 
     transformers, compressed-tensors and engines that read its format load the folder; `load_quantized_` reads it back
     bit for bit, rounding included, which stands in config.json next to what compressed-tensors knows. A tensor goes to

@@ -16,7 +16,7 @@ _PLAIN = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 
 @torch.no_grad()
 def lower_linears_(model: nn.Module) -> LowerReport:
-    """Replace the linears of `model` that another library quantised by `QuantizedLinear`s, in place.
+    """Replace each linear of `model` that another library quantised by a `QuantizedLinear`, in place.
 
     Codes and scales stay where they are; only scales that are stored in another layout are copied. What is known:
     compressed-tensors (FP8, INT8, MXFP8, NVFP4), transformers' finegrained, compressed-tensors and fbgemm FP8,

@@ -26,7 +26,7 @@ def quantize_(
     percentile: float = 100.0,
     progress: bool | None = None,
 ) -> QuantizeReport:
-    """Replace the `nn.Linear`s of `model` by `QuantizedLinear`s, in place.
+    """Replace each `nn.Linear` of `model` by a `QuantizedLinear`, in place.
 
     `QuantizedLinear` says what each scheme makes of the input and the weight. The scale of an input is computed from
     it as the model runs; but "fp8_static" takes one that was measured, `max |t| / 448` over all the calibration data,

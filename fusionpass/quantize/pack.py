@@ -61,8 +61,8 @@ def pack_linears_(
     Args:
         model: any module, quantised or not. Call this before `fusionpass.compile`, behind `quantize_`.
         unify_scales: requantise where static scales differ, to the largest one s. That moves an element w of a weight
-            by at most max(|w| / 16, s * 2**-10); the input is rounded in steps of the larger scale. False: such linears
-            are left alone.
+            by at most `max(|w| / 16, s * 2**-10)`; the input is rounded in steps of the larger scale. False: such
+            linears are left alone.
         example: inputs to run the model on as `quantize_` takes calibration data, so that linears which are named
             alike but read different tensors (q and k of cross-attention) are left alone.
         names: of linears in one module that belong together.
