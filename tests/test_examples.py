@@ -10,17 +10,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {
     "backend_string": "Block: 2 fused, 0 refused, 0 missed; 1 graphs",
+    "diffusers_transformer": "FluxTransformer2DModel: 10 fused, 1 refused, 0 missed; 1 graphs",
     "dump_and_diff": "Block: 1 fused, 0 refused, 0 missed; 1 graphs",
     "hf_generate": "LlamaForCausalLM: 6 fused, 0 refused, 0 missed; 2 graphs",
     "own_model": "Model: 2 fused, 0 refused, 0 missed; 1 graphs",
     "own_rule": "Norm: 1 fused, 0 refused, 0 missed; 1 graphs",
     "own_op": "Head: 1 fused, 0 refused, 0 missed; 1 graphs",
+    "torchao_model": "MLP: 2 fused, 0 refused, 0 missed; 1 graphs",
+    "why_not": "Model: 6 fused, 0 refused, 1 missed; 1 graphs",
 }
+NEEDS = {"hf_generate": "transformers", "diffusers_transformer": "diffusers", "torchao_model": "torchao"}
 
 
 def _run(name, **environment):
-    if name == "hf_generate":
-        pytest.importorskip("transformers")
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     env = {k: v for k, v in os.environ.items() if not k.startswith("FUSIONPASS_")}
     env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment}
     command = [sys.executable, str(ROOT / "examples" / f"{name}.py")]
