@@ -3,9 +3,10 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext, suppress
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing import get_context
 from typing import Any
 from unittest import mock
@@ -13,11 +14,13 @@ from unittest import mock
 import torch
 import triton
 import triton.language as tl
+from torch._inductor import config as inductor_config
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusionpass.arch import Arch
 from fusionpass.launch import Launch
-from fusionpass.op import Op
+from fusionpass.op import OPS, Op
 from fusionpass.ops.pdl import pdl_launch, pdl_wait
 from fusionpass.ops.quant import sample_scale
 from fusionpass.tuning.timing import bound, launch_call
@@ -30,6 +33,12 @@ def plan(op: Op, arguments: Arguments, arch: Arch) -> Launch | None:
     """Our kernel's launch as a compiled model runs it: weight and scale are its parameters."""
     launch, _ = op.plan(arch, arguments, frozenset({"cublas"}))
     return launch.reading_early().launching_early() if isinstance(launch, Launch) else None
+
+
+def left_to_inductor(op: Op, arguments: Arguments, arch: Arch) -> str | None:
+    """Why a compiled model has Inductor's code in the place of our kernel; None where it has the kernel."""
+    launch, reason = op.plan(arch, arguments, frozenset({"cublas"}))
+    return None if isinstance(launch, Launch) else reason
 
 
 def with_cut(op: Op, arguments: Arguments, configure: str, cut: Any) -> Launch:
@@ -45,18 +54,55 @@ def compile_apart(launch_of: Callable[..., Launch], each: Sequence[tuple[Any, ..
     in_processes(functools.partial(_compile, launch_of), each)
 
 
-def in_processes(work: Callable[..., object], each: Sequence[tuple[Any, ...]]) -> None:
-    """`work(*arguments)` for each, in as many processes as there are cores, for what it leaves in caches on disk.
+@contextmanager
+def workers() -> Iterator[ProcessPoolExecutor]:
+    """As many processes as there are cores, each of which compiles alone."""
+    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=compile_here)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def compile_here() -> None:
+    """Inductor starts no processes of its own: here, there are enough."""
+    inductor_config.compile_threads = 1
+
+
+def in_processes(
+    work: Callable[..., object],
+    each: Sequence[tuple[Any, ...]],
+    pool: ProcessPoolExecutor | None = None,
+    seconds: float | None = None,
+) -> None:
+    """`work(*arguments)` for each, in processes, for what it leaves in caches on disk; what takes longer is given up.
 
     What fails is left for who does it again.
     """
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        list(pool.map(functools.partial(_attempt, work), each, chunksize=4))
+    with nullcontext(pool) if pool else workers() as used, suppress(TimeoutError, BrokenProcessPool):
+        list(used.map(functools.partial(_attempt, work), each, timeout=seconds))
 
 
 def _attempt(work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     with suppress(Exception):
         work(*arguments)
+
+
+def compile_one(way: str, name: str, tokens: int, hidden: int, dtype: torch.dtype, scheme: str | None) -> None:
+    """Leave what one implementation of one cell compiles to in the caches on disk.
+
+    Nothing runs: Inductor chooses between its configurations where nothing else is on the GPU, when it is timed.
+    """
+    op, also = named(name)
+    arguments, arch = without_data(op, tokens, hidden, dtype, scheme, also), Arch.of(torch.device("cuda"))
+    launch = plan(op, arguments, arch) if way == "fusionpass" else None
+    if launch is not None:
+        _compile(lambda: launch)
+    else:
+        torch._dynamo.reset()
+        with mock.patch.object(CachingAutotuner, "run", return_value=None):
+            inductor(op, [arguments], arch, pdl=way == "inductor+pdl")(0)
+    torch.cuda.empty_cache()
 
 
 def _compile(launch_of: Callable[..., Launch], *arguments: Any) -> None:
@@ -85,9 +131,12 @@ def search(timed: Callable[[Any], float], cuts: Sequence[Any]) -> dict[str, Any]
     return {"best": again[best], "cut": vars(best), "failed": failed, "tried": tried}
 
 
-def fusionpass(op: Op, sets: list[Arguments], arch: Arch) -> Call | None:
+def fusionpass(op: Op, sets: list[Arguments], arch: Arch) -> Call:
+    """Our kernel; or Inductor's code, where that is what a compiled model has."""
     launches = [plan(op, arguments, arch) for arguments in sets]
-    return None if None in launches else launch_call([launch for launch in launches if launch is not None])
+    if None in launches:
+        return inductor(op, sets, arch)
+    return launch_call([launch for launch in launches if launch is not None])
 
 
 def eager(op: Op, sets: list[Arguments], arch: Arch) -> Call | None:
@@ -96,7 +145,6 @@ def eager(op: Op, sets: list[Arguments], arch: Arch) -> Call | None:
 
 
 def inductor(op: Op, sets: list[Arguments], arch: Arch, pdl: bool = False) -> Call:
-    torch._dynamo.reset()
     options = {"triton.enable_pdl": True} if pdl else {}
     names = [name for name, value in sets[0].items() if isinstance(value, torch.Tensor)]
 
@@ -107,7 +155,7 @@ def inductor(op: Op, sets: list[Arguments], arch: Arch, pdl: bool = False) -> Ca
         return [given[name].copy_(y) if name in caches(given) else y for name, y in results.items()]
 
     # As operators: the references of derived ops bind their arguments by name, which Dynamo need not understand.
-    traced = make_fx(reference)(*(sets[0][name] for name in names))
+    traced = make_fx(reference, tracing_mode="fake")(*(sets[0][name] for name in names))
     compiled = torch.compile(traced, fullgraph=True, dynamic=False, options=options)
     return lambda i: compiled(*(sets[i][name] for name in names))
 
@@ -137,6 +185,8 @@ def one_element(op: Op, sets: list[Arguments], arch: Arch) -> Call:
     return launch_call([launch] * len(sets))
 
 
+COMPILED = ("fusionpass", "inductor+pdl", "inductor")
+YARDSTICKS = ("one element", "copy")
 IMPLEMENTATIONS: dict[str, Callable[[Op, list[Arguments], Arch], Call | None]] = {
     "one element": one_element,
     "copy": copy,
@@ -164,16 +214,50 @@ def bytes_moved(op: Op, arguments: Arguments) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def named(text: str) -> tuple[Op, tuple[str, ...]]:
+    """The op and its further outputs: "rms_norm_quantize+norm" returns the norm too."""
+    name, *also = text.split("+")
+    return next(op for op in OPS.values() if op.name == name), tuple(also)
+
+
 def argument_sets(
-    op: Op, tokens: int, width: int, dtype: torch.dtype, count: int, scheme: str | None = None
+    op: Op,
+    tokens: int,
+    width: int,
+    dtype: torch.dtype,
+    count: int,
+    scheme: str | None = None,
+    also: tuple[str, ...] = (),
+    device: str = "cuda",
 ) -> list[Arguments]:
     """`count` sets of arguments whose activations are all their own; weights and scales are shared."""
-    generator = torch.Generator("cuda").manual_seed(tokens * width)
-    first = op.bind((), op.sample(tokens, width, dtype, "cuda", generator))
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(tokens * width)
+    first = op.bind((), op.sample(tokens, width, dtype, device, generator))
+    first |= {op.options[name]: True for name in also}
     if scheme is not None and "scheme" in first:
-        first |= {"scheme": scheme, "scale": sample_scale(scheme, "cuda")}
+        first |= {"scheme": scheme, "scale": sample_scale(scheme, device)}
+    # The modulation of diffusion transformers is in the samples for the tests' sake.
+    first |= {name: None for name in ("mod_scale", "mod_shift") if name in first}
     others = [{k: v.clone() if _is_activation(v) else v for k, v in first.items()} for _ in range(count - 1)]
-    return [first, *others]
+    return [_packed(arguments) for arguments in (first, *others)]
+
+
+def without_data(
+    op: Op, tokens: int, width: int, dtype: torch.dtype, scheme: str | None, also: tuple[str, ...]
+) -> Arguments:
+    """The same arguments in every respect but their values, which are whatever memory holds."""
+    (given,) = argument_sets(op, tokens, width, dtype, 1, scheme, also, "meta")
+    tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor)}
+    made = {k: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cuda") for k, v in tensors.items()}
+    return _packed({**given, **made})
+
+
+def _packed(arguments: Arguments) -> Arguments:
+    """Gate and up as halves of one row, as one product of both weights leaves them."""
+    if not {"gate", "up"} <= arguments.keys():
+        return arguments
+    gate, up = torch.cat((arguments["gate"], arguments["up"]), -1).chunk(2, -1)
+    return {**arguments, "gate": gate, "up": up}
 
 
 def variant(launch: Launch, rows: int, warps: int) -> Launch:

@@ -1,185 +1,256 @@
-"""Time an op's kernel beside a copy, eager mode and Inductor: `python -m bench.kernels --help`."""
+"""Time ops' kernels beside a copy, eager mode, Inductor and other libraries: `python -m bench.kernels --help`."""
 
 import argparse
+import itertools
 import json
 import math
-import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from fusionpass.arch import Arch
 from fusionpass.errors import ArgumentError
-from fusionpass.op import OPS, Op
-from fusionpass.ops.quant import Scheme, dequantize
-from fusionpass.testing import exact, relative_error
-from fusionpass.tuning.timing import cold_sets, summary, time_calls, warm_up
+from fusionpass.op import OPS
+from fusionpass.tuning.timing import cold_sets, summary, warm_up
 
-from .implementations import IMPLEMENTATIONS, Arguments, Call, argument_sets, bytes_moved, in_processes
+from . import peers, verdicts
+from .cells import PRESETS, USUAL, Cell, product
+from .check import checker
+from .implementations import (
+    COMPILED,
+    IMPLEMENTATIONS,
+    YARDSTICKS,
+    Arguments,
+    Call,
+    argument_sets,
+    bytes_moved,
+    compile_here,
+    compile_one,
+    in_processes,
+    left_to_inductor,
+    named,
+    workers,
+)
 from .machine import facts, require_gpu, results_folder
+from .replays import calls_for, capture
+
+WAYS = (*IMPLEMENTATIONS, *peers.PEERS)
+KEY = ("op", "scheme", "dtype", "tokens", "hidden", "regime")
+REPLAYS = 7
+"""Of each way in each round."""
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, and in `cells` what they choose."""
+    timed = {op.name: op for op in OPS.values() if op.backends}
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
+    parser.add_argument("--preset", choices=PRESETS, help="the cells of the docs' table; other options choose of them")
+    parser.add_argument("--op", nargs="+", choices=[*timed, "all"], metavar="OP")
+    parser.add_argument("--tokens", nargs="+", type=int, help="default 1 64 1024 8192")
+    parser.add_argument("--hidden", nargs="+", type=int, help="default 576 2048 4096 8192")
+    parser.add_argument("--scheme", nargs="+", help="for the ops that quantise; default fp8_static")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--regime", choices=["warm", "cold", "both", "usual"], default="both", help=USUAL)
+    parser.add_argument("--beside", nargs="+", choices=WAYS, default=[*WAYS], metavar="WAY")
+    parser.add_argument("--rounds", type=int, default=2, help="that each cell is timed in")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="after which no further cell is begun")
+    parser.add_argument("--resume", action="store_true", help="leave out cells that the file has of this commit")
+    parser.add_argument("--anchors", type=Path, metavar="CSV", help="other systems' figures to be judged against")
+    parser.add_argument("--out", type=Path, help="folder; default bench/results/<device>")
+    parser.add_argument("--commit", help="where the checkout cannot say it")
+    options = parser.parse_args(arguments)
+    chosen = [*timed] if options.op and "all" in options.op else options.op
+    if options.preset:
+        wanted = {"op": chosen, "tokens": options.tokens, "hidden": options.hidden, "scheme": options.scheme}
+        options.cells = [
+            cell
+            for cell in PRESETS[options.preset]()
+            if all(v is None or getattr(cell, k) in (None, *v) for k, v in wanted.items())
+        ]
+        return options
+    sizes = (options.tokens or (1, 64, 1024, 8192), options.hidden or (576, 2048, 4096, 8192), options.regime)
+    options.cells = []
+    for name in chosen or ["add_rms_norm_quantize"]:
+        quantises = "scheme" in timed[name].signature.parameters
+        options.cells += product([name], (options.scheme or ["fp8_static"]) if quantises else [None], *sizes)
+    return options
 
 
 def main() -> None:
-    """Parse the options, time every cell, write the JSON and print the table."""
-    timed = {op.name: op for op in OPS.values() if op.backends}
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
-    parser.add_argument("--op", nargs="+", choices=[*timed, "all"], default=["add_rms_norm_quantize"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 64, 1024, 8192])
-    parser.add_argument("--hidden", nargs="+", type=int, default=[576, 2048, 4096, 8192])
-    parser.add_argument("--scheme", nargs="+", default=["fp8_static"], help="for the ops that quantise")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--regime", choices=["warm", "cold", "both", "usual"], default="both", help=USUAL)
-    parser.add_argument("--beside", nargs="+", choices=[*IMPLEMENTATIONS], default=[*IMPLEMENTATIONS], metavar="WAY")
-    parser.add_argument("--rounds", type=int, default=2, help="that each cell is timed in")
-    parser.add_argument("--out", type=Path, help="folder; default bench/results/<device>")
-    parser.add_argument("--commit", help="where the checkout cannot say it")
-    options = parser.parse_args()
+    """Compile and time family by family, write the JSON and print the table of each, then judge the run."""
+    options = parse()
     require_gpu()
-    chosen = list(timed) if "all" in options.op else options.op
-    quantising = {name for name in chosen if "scheme" in timed[name].signature.parameters}
-    names = [(name, s) for name in chosen for s in (options.scheme if name in quantising else [None])]
-    sizes = [(tokens, hidden) for hidden in options.hidden for tokens in options.tokens]
-    each = [(op, *size, options.dtype, scheme, way) for op, scheme in names for size in sizes for way in options.beside]
-    console, file = Console(), results_folder(options.out) / "kernels.json"
-    console.print(f"compiling {len(each)} kernels")
-    in_processes(compile_one, [parts for parts in each if parts[-1] in COMPILED])
+    compile_here()
+    console, file, began = Console(soft_wrap=True), results_folder(options.out) / "kernels.json", time.monotonic()
+    measured = facts(options.commit)
+    gone = {name: why for name, why in peers.missing().items() if name in options.beside}
+    console.print("\n".join(f"{name}: {why}" for name, why in gone.items()), markup=False)
+    todo = left_over(options.cells, file, measured, options)
+    console.print(f"{len(todo)} sizes of {len(options.cells)}")
+    judged = record(file, [], measured, options, gone)
+    counted = 0
+
+    def left() -> float:
+        return math.inf if options.budget is None else options.budget - (time.monotonic() - began)
+
     warm_up()
-    with Progress(console=console) as progress:
-        bar = progress.add_task("", total=len(names) * len(sizes))
-        for name, scheme in names:
-            title = " ".join(part for part in (name, scheme) if part)
-            cells: list[dict[str, Any]] = []
-            for tokens, hidden in sizes:
-                progress.update(bar, description=f"{title} {tokens} × {hidden}")
-                try:
-                    cells += measure(timed[name], tokens, hidden, getattr(torch, options.dtype), scheme, options)
-                except ArgumentError as error:
-                    console.print(error)
-                progress.advance(bar)
-            cells = [{"op": name, "scheme": scheme, "dtype": options.dtype, **cell} for cell in cells]
-            record(file, cells, facts(options.commit))
-            console.print(table(cells, title))
-            console.print(verdict(cells))
+    with workers() as pool:
+        for _, family in itertools.groupby(todo, lambda cell: cell.family):
+            cells = list(family)
+            compile_all(cells, options, pool, left())
+            compiled = time.monotonic() - began
+            for title, group in itertools.groupby(cells, lambda cell: cell.title):
+                found: list[dict[str, Any]] = []
+                for cell in itertools.takewhile(lambda _: left() > 0, group):
+                    try:
+                        found += measure(cell, options)
+                    except (ArgumentError, torch.OutOfMemoryError) as error:
+                        console.print(f"{title} {cell.tokens} × {cell.hidden}: {error}", markup=False)
+                    counted += 1
+                judged = record(file, found, measured, options, gone)
+                console.print(table(found, title))
+            after = time.monotonic() - began
+            console.print(
+                f"{counted} of {len(todo)} sizes after {after:.0f} s; these timed in {after - compiled:.0f} s"
+            )
+            if left() <= 0:
+                break
+    console.print(verdicts.text(judged), markup=False, highlight=False)
+    if counted < len(todo):
+        rest = sorted({f"{cell.title} {cell.hidden}" for cell in todo[counted:]})
+        console.print(f"left out for time, {len(todo) - counted} sizes (--resume takes them up): {'; '.join(rest)}")
 
 
-USUALLY_WARM = 256
-USUAL = (
-    f"usual: warm up to {USUALLY_WARM} tokens, as a model's activations are, cold beyond; cold only where big enough"
-)
-COMPILED = ("fusionpass", "inductor+pdl", "inductor")
-YARDSTICKS = ("one element", "copy")
-KEY = ("op", "scheme", "dtype", "tokens", "hidden", "regime")
+def compile_all(cells: Sequence[Cell], options: argparse.Namespace, pool: ProcessPoolExecutor, seconds: float) -> None:
+    """Leave what the cells' ways compile to in the caches on disk."""
+    kind = getattr(torch, options.dtype)
+    each = [
+        (way, cell.op, cell.tokens, cell.hidden, kind, cell.scheme)
+        for cell in cells
+        for way in COMPILED
+        if way in options.beside and (cell.ways is None or way in cell.ways)
+    ]
+    in_processes(compile_one, each, pool, None if math.isinf(seconds) else max(0.0, seconds))
 
 
-def compile_one(name: str, tokens: int, hidden: int, dtype: str, scheme: str | None, way: str) -> None:
-    """Leave what one implementation of one cell compiles to in the caches on disk."""
-    op = next(op for op in OPS.values() if op.name == name)
-    sets = argument_sets(op, tokens, hidden, getattr(torch, dtype), 1, scheme)
-    call = IMPLEMENTATIONS[way](op, sets, Arch.of(torch.device("cuda")))
-    if call is not None:
-        call(0)
+def left_over(cells: Sequence[Cell], file: Path, measured: dict[str, str], options: argparse.Namespace) -> list[Cell]:
+    """The cells; with --resume without those that the file has of this commit, device, torch and Triton."""
+    old = json.loads(file.read_text())["cells"] if options.resume and file.exists() else []
+    same = [cell for cell in old if {**cell, **measured, "dtype": options.dtype} == cell]
+    done = {verdicts.where(cell) for cell in same}
+    return [c for c in cells if not {(c.op, c.scheme, c.tokens, c.hidden, regime) for regime in c.regimes} <= done]
 
 
-def record(file: Path, cells: list[dict[str, Any]], measured: dict[str, str]) -> None:
-    """Put the cells into the file, in the place of older ones of the same key."""
+def record(
+    file: Path,
+    cells: list[dict[str, Any]],
+    measured: dict[str, str],
+    options: argparse.Namespace,
+    gone: dict[str, str],
+) -> dict[str, Any]:
+    """Put the cells into the file, in the place of older ones of the same key, and what this commit's cells show."""
     found = json.loads(file.read_text())["cells"] if file.exists() else []
-    fresh = {tuple(cell[k] for k in KEY): {**cell, **measured} for cell in cells}
+    cells = [{**cell, "dtype": options.dtype, **measured} for cell in cells]
+    fresh = {tuple(cell[k] for k in KEY): cell for cell in cells}
     kept = {tuple(cell[k] for k in KEY): cell for cell in found} | fresh
+    ours = [cell for cell in kept.values() if {**cell, **measured} == cell]
+    judged = {**measured, **verdicts.summary(ours, options.anchors), "peers": gone}
     rows = ",\n".join("  " + json.dumps(cell) for _, cell in sorted(kept.items(), key=str))
-    file.write_text(f'{{"cells": [\n{rows}\n]}}\n')
+    # Not half a file, should the process be killed.
+    whole = file.with_suffix(".new")
+    whole.write_text(f'{{"summary": {json.dumps(judged)},\n"cells": [\n{rows}\n]}}\n')
+    whole.replace(file)
+    return judged
 
 
-def regimes(tokens: int, cold: int | None, wanted: str) -> dict[str, int]:
-    """How many sets of buffers each of the wanted regimes takes."""
-    usual = "warm" if tokens <= USUALLY_WARM else "cold"
-    chosen = ("warm", "cold") if wanted == "both" else (usual if wanted == "usual" else wanted,)
-    return {k: v for k, v in {"warm": 1, "cold": cold}.items() if v is not None and k in chosen}
-
-
-def measure(
-    op: Op, tokens: int, hidden: int, dtype: torch.dtype, scheme: str | None, options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """The cells of one size: warm on one set of buffers, cold on sets rotated past three times the L2.
-
-    Raises:
-        AssertionError: an implementation's output is further from float64 than twice what the reference's is.
-    """
-    arch = Arch.of(torch.device("cuda"))
-    moved = bytes_moved(op, argument_sets(op, tokens, hidden, dtype, 1, scheme)[0])
-    cold = cold_sets(moved, torch.cuda.get_device_properties(0).L2_cache_size)
-    chosen = regimes(tokens, cold, options.regime)
+def measure(cell: Cell, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One size: warm on one set of buffers, cold on sets rotated past three times the L2."""
+    kind, (op, also) = getattr(torch, options.dtype), named(cell.op)
+    moved = bytes_moved(op, argument_sets(op, cell.tokens, cell.hidden, kind, 1, cell.scheme, also, "meta")[0])
+    chosen = regimes(cell, cold_sets(moved, torch.cuda.get_device_properties(0).L2_cache_size))
     if not chosen:
         return []
-    sets = argument_sets(op, tokens, hidden, dtype, max(chosen.values()), scheme)
-    made = {name: IMPLEMENTATIONS[name](op, sets, arch) for name in options.beside}
-    calls = {name: call for name, call in made.items() if call is not None}
-    errors = {name: _checked(op, sets[0], name, call) for name, call in calls.items() if name not in YARDSTICKS}
+    sets = argument_sets(op, cell.tokens, cell.hidden, kind, max(chosen.values()), cell.scheme, also)
+    arch = Arch.of(torch.device("cuda"))
+    calls, errors, wrong = checked(cell, sets, options.beside, arch)
+    left = left_to_inductor(op, sets[0], arch)
+    said = {**({"wrong": wrong} if wrong else {}), **({"left": left} if left else {})}
+    size = {"op": cell.op, "scheme": cell.scheme, "tokens": cell.tokens, "hidden": cell.hidden, "bytes": moved}
     cells = []
-    for name, count in chosen.items():
-        # Here, not only at the start: while kernels are loaded, the clocks go down again.
-        warm_up(0.1)
-        samples: dict[str, list[float]] = {implementation: [] for implementation in calls}
-        for _ in range(options.rounds):
-            for implementation, call in calls.items():
-                samples[implementation] += time_calls(call, count)
+    for regime, count in chosen.items():
+        samples = timed(calls, count, calls_for(moved, count), options.rounds)
         results = {k: {**summary(v), **({"error": errors[k]} if k in errors else {})} for k, v in samples.items()}
-        cells.append(
-            {"tokens": tokens, "hidden": hidden, "regime": name, "sets": count, "bytes": moved, "results": results}
-        )
+        cells.append({**size, "regime": regime, "sets": count, **said, "results": results})
+    del calls, sets
     torch.cuda.empty_cache()
     return cells
 
 
-def _checked(op: Op, arguments: Arguments, name: str, call: Call) -> float:
-    reference = op.reference(**arguments)
-    outputs, wanted, oracle = call(0), [reference] if op.single else reference, exact(op, arguments)
-    kind = Scheme.parse(arguments["scheme"]) if "scheme" in arguments else None
-    if kind is not None and kind.returns_scale:
-        # A code means nothing without its scale: both against what was to be quantised.
-        given, count = arguments.get("scale"), len(wanted) - 2
-        truth = exact(op, {**arguments, "scheme": "fp8_static", "scale": torch.ones((), device="cuda")})[0]
-        outputs, wanted = ([dequantize(*results[:2], kind, given), *results[2:]] for results in (outputs, wanted))
-        oracle = [truth, *oracle[-count:]] if count else [truth]
-    worst = 0.0
-    for output, want, truth in zip(outputs, wanted, oracle, strict=True):
-        error, allowed = relative_error(output, truth), 2 * relative_error(want, truth) + 1e-6
-        assert error <= allowed, f"{name} of {op.name}: {error:.2e} from float64, more than {allowed:.2e}"
-        worst = max(worst, error)
-    return worst
+def checked(
+    cell: Cell, sets: list[Arguments], beside: Sequence[str], arch: Arch
+) -> tuple[dict[str, Call], dict[str, float], dict[str, str]]:
+    """The calls of each way that there is, their errors, and why others count for nothing."""
+    calls: dict[str, Call] = {}
+    errors: dict[str, float] = {}
+    wrong: dict[str, str] = {}
+    op, _ = named(cell.op)
+    check = checker(op, sets[0])
+    torch._dynamo.reset()
+    for way in beside:
+        theirs = way in peers.PEERS
+        if not theirs and cell.ways is not None and way not in cell.ways:
+            continue
+        try:
+            call = peers.peer(way, cell.op, cell.scheme, sets) if theirs else IMPLEMENTATIONS[way](op, sets, arch)
+            if call is not None and way not in YARDSTICKS:
+                errors[way] = check(call(0))
+        except Exception as error:
+            # Another library may fail in any way, on this device or at this size.
+            if not theirs and not isinstance(error, AssertionError):
+                raise
+            wrong[way] = f"{type(error).__name__}: {error}"[:200]
+        else:
+            calls |= {} if call is None else {way: call}
+    return calls, errors, wrong
+
+
+def timed(calls: dict[str, Call], sets: int, each: int, rounds: int) -> dict[str, list[float]]:
+    """Microseconds of each way, in turns; `each` calls a graph, on so many sets of buffers."""
+    graphs = {way: capture(call, sets, each) for way, call in calls.items()}
+    # Here, not only at the start: while kernels are loaded, the clocks go down again.
+    warm_up(0.03)
+    samples: dict[str, list[float]] = {way: [] for way in graphs}
+    for _ in range(rounds):
+        for way, graph in graphs.items():
+            graph.us()
+            samples[way] += [graph.us() for _ in range(REPLAYS)]
+    return samples
+
+
+def regimes(cell: Cell, cold: int | None) -> dict[str, int]:
+    """How many sets of buffers each of the cell's regimes takes."""
+    return {k: v for k, v in {"warm": 1, "cold": cold}.items() if v is not None and k in cell.regimes}
 
 
 def table(cells: list[dict[str, Any]], title: str) -> Table:
-    made = Table(title=f"{title}: µs (ratio to ours)")
-    ways = [way for way in IMPLEMENTATIONS if any(way in cell["results"] for cell in cells)]
+    made = Table(title=f"{title}: µs (% of the copy's speed)")
+    ways = [way for way in WAYS if any(way in cell["results"] for cell in cells)]
     for column in ("tokens × hidden", "regime", *ways):
         made.add_column(column, justify="right")
     for cell in cells:
-        results = cell["results"]
-        ours = results.get("fusionpass", {"us": math.nan})["us"]
-        texts = [f"{results[k]['us']:.2f} ({results[k]['us'] / ours:.2f})" if k in results else "–" for k in ways]
+        texts = []
+        for way in ways:
+            share = verdicts.percent(cell, way)
+            us = cell["results"].get(way, {}).get("us")
+            texts.append("–" if us is None else f"{us:.2f}" + ("" if share is None else f" ({share:.0f})"))
         made.add_row(f"{cell['tokens']} × {cell['hidden']}", cell["regime"], *texts)
     return made
-
-
-def verdict(cells: list[dict[str, Any]]) -> str:
-    """Geometric mean and worst cell, against Inductor with PDL and against the copy."""
-    lines = []
-    for regime in ("warm", "cold"):
-        for other in ("inductor+pdl", "copy"):
-            ratios = {
-                f"{c['tokens']} × {c['hidden']}": c["results"][other]["us"] / c["results"]["fusionpass"]["us"]
-                for c in cells
-                if c["regime"] == regime and {"fusionpass", other} <= c["results"].keys()
-            }
-            if ratios:
-                mean = math.exp(statistics.fmean(map(math.log, ratios.values())))
-                worst = min(ratios, key=lambda k: ratios[k])
-                lines.append(f"{regime}: {mean:.3f} × the speed of {other}; least {ratios[worst]:.3f} at {worst}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
 import importlib
-import json
 import sys
 
 import pytest
 import torch
 
-from bench.implementations import bound, bytes_moved, search
-from bench.kernels import record, regimes, verdict
+from bench.implementations import argument_sets, bound, bytes_moved, search
 from fusionpass.arch import Arch
-from fusionpass.ops import add_rms_norm_quantize, attention, cache_write, qk_norm_rope_cache
+from fusionpass.ops import add_rms_norm_quantize, attention, cache_write, qk_norm_rope_cache, silu_mul_quantize
 from fusionpass.ops.gemm.stream import Cut
 from fusionpass.tuning.timing import cold_sets
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("module", ["bench.kernels", "bench.gemm", "bench.attention", "bench.moe", "bench.e2e"])
+@pytest.mark.parametrize(
+    "module", ["bench.kernels", "bench.sample", "bench.gemm", "bench.attention", "bench.moe", "bench.e2e"]
+)
 def test_without_a_gpu_it_says_so(module, monkeypatch):
     monkeypatch.setattr(sys, "argv", [module])
     with pytest.raises(SystemExit, match="needs a CUDA or ROCm GPU"):
@@ -36,6 +36,16 @@ def test_of_a_cache_the_new_rows_count():
     sizes = {name: v.numel() * v.element_size() for name, v in both.items() if isinstance(v, torch.Tensor)}
     read = sum(size for name, size in sizes.items() if "cache" not in name)
     assert bytes_moved(qk_norm_rope_cache, both) == read + sizes["q"] + sizes["k"] + sizes["v"]
+
+
+def test_gate_and_up_are_halves_of_a_row_in_every_set():
+    for arguments in argument_sets(silu_mul_quantize, 3, 64, torch.bfloat16, 2, "nvfp4", ("product",), "cpu"):
+        gate, up = arguments["gate"], arguments["up"]
+        assert gate.stride() == up.stride() == (128, 1)
+        assert up.data_ptr() == gate.data_ptr() + 128
+        assert arguments["product_out"]
+        assert arguments["scheme"] == "nvfp4"
+        assert bytes_moved(silu_mul_quantize, arguments) == 3 * 64 * (2 + 2 + 2) + 3 * (32 + 4) + 4
 
 
 def test_launches_that_share_a_buffer_are_bound_to_one():
@@ -63,36 +73,6 @@ def test_a_search_names_the_best_and_what_failed():
 def test_cold_means_three_times_the_cache():
     assert cold_sets(10 << 20, 50 << 20) == 16
     assert cold_sets(4096, 50 << 20) is None
-
-
-def test_tokens_of_a_decode_step_are_usually_warm():
-    assert regimes(64, 30, "usual") == regimes(64, 30, "warm") == {"warm": 1}
-    assert regimes(1024, 30, "usual") == regimes(1024, 30, "cold") == {"cold": 30}
-    assert regimes(1024, None, "usual") == {}
-    assert regimes(64, 30, "both") == {"warm": 1, "cold": 30}
-
-
-def test_a_cell_measured_again_takes_the_place_of_the_old_one(tmp_path):
-    def cell(tokens, us):
-        key = {"op": "rms_norm", "scheme": None, "dtype": "bfloat16", "tokens": tokens, "hidden": 64, "regime": "warm"}
-        return {**key, "results": {"fusionpass": {"us": us}}}
-
-    record(tmp_path / "k.json", [cell(1, 1.0), cell(8, 2.0)], {"commit": "old"})
-    record(tmp_path / "k.json", [cell(8, 3.0)], {"commit": "new"})
-    found = json.loads((tmp_path / "k.json").read_text())["cells"]
-    assert [(c["tokens"], c["results"]["fusionpass"]["us"], c["commit"]) for c in found] == [
-        (1, 1.0, "old"),
-        (8, 3.0, "new"),
-    ]
-
-
-def test_the_verdict_names_the_worst_cell():
-    def cell(tokens, ours, inductor):
-        results = {"fusionpass": {"us": ours}, "inductor+pdl": {"us": inductor}, "copy": {"us": ours}}
-        return {"tokens": tokens, "hidden": 64, "regime": "warm", "results": results}
-
-    text = verdict([cell(1, 1.0, 4.0), cell(8, 1.0, 1.0)])
-    assert text.splitlines()[0] == "warm: 2.000 × the speed of inductor+pdl; least 1.000 at 8 × 64"
 
 
 def test_the_matcher_is_timed_on_a_graph_that_fuses():
