@@ -146,10 +146,10 @@ def test_the_buffers_are_the_references_outputs(text, lead):
         ("fp8_token", 64, 4096, Cut(1, 4096, 4)),
         ("fp8_token", 64, 128, Cut(4, 128, 4)),
         ("fp8_group128", 1, 4096, Cut(1, 512, 2)),
-        ("fp8_group128", None, 4096, Cut(1, 2048, 8)),
-        ("mxfp8", None, 2880, Cut(2, 1024, 8)),
-        ("mxfp8,layout=swizzled", None, 32, Cut(16, 128, 8)),
-        ("nvfp4", None, 16, Cut(128, 16, 8)),
+        ("fp8_group128", None, 4096, Cut(2, 1024, 4)),
+        ("mxfp8", None, 2880, Cut(2, 1024, 4)),
+        ("mxfp8,layout=swizzled", None, 32, Cut(16, 128, 4)),
+        ("nvfp4", None, 16, Cut(128, 16, 4)),
     ],
 )
 def test_how_it_is_cut(text, rows, width, cut):

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from ..activation.triton import activated
+from ..activation.kernel import activated
 from ..pdl import pdl_launch, pdl_wait
 from .kernel import _finish
 

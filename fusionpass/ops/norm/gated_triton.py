@@ -9,7 +9,7 @@ import triton.language as tl
 from ...arch import Arch
 from ...launch import Empty, Launch
 from ...tuning.rows import choose_rows
-from ..activation.triton import activated, sigmoid
+from ..activation.kernel import activated, sigmoid
 from ..derive import MORE
 from ..pdl import pdl_launch, pdl_wait
 from ..quant.epilogue import (
@@ -22,6 +22,7 @@ from ..quant.epilogue import (
     store_static,
 )
 from ..quant.scheme import Scheme
+from ..rounding import in_pairs
 from ..rows import FLOATS, alike_shape, row_count, row_stride, static
 from . import AFTER, BEFORE
 from .kernel import rounded_as
@@ -67,6 +68,7 @@ def gated_norm_kernel(
     POWER: tl.constexpr,
     LAYOUT: tl.constexpr,
     DIVIDE: tl.constexpr,
+    PAIRS: tl.constexpr,
     PDL: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -103,9 +105,9 @@ def gated_norm_kernel(
             step = tl.load(scale).to(tl.float32)
     pdl_launch(PDL)
     if ACT == "silu":
-        g = activated(g, ACT)
+        g = activated(g, ACT, PAIRS)
     else:
-        g = sigmoid(g)
+        g = sigmoid(g, PAIRS)
     if GATED_FIRST:
         h = h * g
     spans = tl.reshape(h, [ROWS * BLOCK // SPAN, SPAN])
@@ -145,15 +147,16 @@ def gated_norm_kernel(
             POWER,
             LAYOUT,
             DIVIDE,
+            PAIRS,
         )
     if q_2 is not None:
-        store_static(y, scale_2, q_2, row, columns, mask, WIDTH, LIMIT, DIVIDE)
+        store_static(y, scale_2, q_2, row, columns, mask, WIDTH, LIMIT, DIVIDE, PAIRS)
     if q_3 is not None:
-        store_static(y, scale_3, q_3, row, columns, mask, WIDTH, LIMIT, DIVIDE)
+        store_static(y, scale_3, q_3, row, columns, mask, WIDTH, LIMIT, DIVIDE, PAIRS)
     if q_4 is not None:
-        store_static(y, scale_4, q_4, row, columns, mask, WIDTH, LIMIT, DIVIDE)
+        store_static(y, scale_4, q_4, row, columns, mask, WIDTH, LIMIT, DIVIDE, PAIRS)
     if q_5 is not None:
-        store_static(y, scale_5, q_5, row, columns, mask, WIDTH, LIMIT, DIVIDE)
+        store_static(y, scale_5, q_5, row, columns, mask, WIDTH, LIMIT, DIVIDE, PAIRS)
 
 
 def plan_gated_rms_norm(
@@ -227,6 +230,7 @@ def plan_gated_rms_norm(
             "ROWS": cut.rows,
             "VECTOR": 16 // x.element_size(),
             **scheme_constants(codes, dtype),
+            "PAIRS": in_pairs(arch, cut.rows * block, cut.warps),
             "PDL": arch.has_pdl,
             "EARLY": False,
         },

@@ -13,6 +13,7 @@ from ...tuning.rows import Cut, choose_rows
 from ..derive import MORE
 from ..quant.epilogue import code_outputs, covered_rows, fewest_columns, refuse_scheme, scheme_constants
 from ..quant.scheme import Scheme
+from ..rounding import in_pairs
 from ..rows import FLOATS, alike, alike_shape, known, row_count, row_stride, static
 from . import BEFORE, LAST
 from .kernel import norm_kernel
@@ -168,6 +169,7 @@ def _plan(
         "norm": Empty(shape, dtype) if norm_out else None,
         "total": Empty(shape, x.dtype) if residual_out else None,
     }
+    block = max(fewest_columns(codes), cut.columns)
     read_early = {"weight": weight, "bias": bias, "inner": inner_weight, "scale": scale}
     return Launch(
         norm_kernel,
@@ -197,10 +199,11 @@ def _plan(
             "LAST": rounding == LAST and mod_scale is not None,
             "WIDE": plain != x.dtype,
             "WIDTH": width,
-            "BLOCK": max(fewest_columns(codes), cut.columns),
+            "BLOCK": block,
             "ROWS": cut.rows,
             "VECTOR": 16 // x.element_size(),
             **scheme_constants(codes, dtype),
+            "PAIRS": in_pairs(arch, cut.rows * block, cut.warps),
             "PDL": arch.has_pdl,
             "EARLY": False,
         },

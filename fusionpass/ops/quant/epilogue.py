@@ -20,11 +20,26 @@ WIDEST = 32768
 
 
 @triton.jit
-def encode(y, scale, LIMIT: tl.constexpr, DIVIDE: tl.constexpr):
-    """float32 `y` over the float32 `scale`, clamped to what the codes can hold; NaN stays NaN."""
+def saturated(y, like, LOW: tl.constexpr, LIMIT: tl.constexpr, PAIRS: tl.constexpr):
+    """float32 `y` clamped to what codes of the dtype of the pointer `like` can hold; NaN stays NaN."""
+    # sm_90's conversion to e4m3 saturates by itself.
+    if not (PAIRS and like.dtype.element_ty == tl.float8e4nv and LIMIT == 448):
+        y = tl.clamp(y, LOW, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return y
+
+
+@triton.jit
+def encode(y, scale, like, LIMIT: tl.constexpr, DIVIDE: tl.constexpr, PAIRS: tl.constexpr):
+    """float32 `y` over the float32 `scale`, clamped to what codes of the dtype of `like` can hold; NaN stays NaN."""
     # The reciprocal as the reference takes it: correctly rounded, whatever the target's fast division does.
     y = tl.div_rn(y, scale) if DIVIDE else y * tl.div_rn(1.0, scale)
-    return tl.clamp(y, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return saturated(y, like, -LIMIT, LIMIT, PAIRS)
+
+
+@triton.jit
+def larger(a, b):
+    """The larger of two float32; NaN where either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -66,19 +81,50 @@ def store_scale(scales, value, row, group, rows, GROUPS: tl.constexpr, LAYOUT: t
 
 
 @triton.jit
-def pack(y, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def pack(y, ROWS: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
     """[ROWS, BLOCK] float32 as e2m1 codes, two a byte: [ROWS, BLOCK / 2]. Nearest even, saturating; NaN gives 6."""
-    # A minimum of two numbers of which one is NaN is the other.
-    a = tl.minimum(tl.abs(y), 6.0)
+    # A minimum of two numbers of which one is NaN is the other; the sign of a NaN differs between processors.
+    if PAIRS:
+        a = tl.minimum(tl.abs(y), 6.0)
+    else:
+        y = tl.maximum(tl.minimum(y, 6.0), -6.0)
+        a = tl.abs(y)
     # Codes in the binade of `power` (below 1: of 1) are as far apart as floats in that of 2**22 * power: the sum is
     # rounded to a code's value, and ends in the steps from `power`. Each binade from 1 on has two codes.
     power = tl.maximum(a, 1.0).to(tl.int32, bitcast=True) & 0x7F800000
     steps = (a + (power + 0x0B000002).to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
-    code = (steps + (power >> 22)) & 7
-    # Not the sign of a NaN, which differs between processors.
-    code |= tl.where(y.to(tl.int32, bitcast=True) <= -0x800000, 8, 0)
+    code = steps + (power >> 22)
     even, odd = tl.split(tl.reshape(code, [ROWS, BLOCK // 2, 2]))
-    return even | (odd << 4)
+    signs = y.to(tl.int32, bitcast=True)
+    plus, minus = tl.split(tl.reshape(signs, [ROWS, BLOCK // 2, 2]))
+    if PAIRS:
+        # Eight at once: the last byte of each code and the first of each number are gathered, then masked together.
+        # What multiplies a NaN makes it positive here.
+        packed = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 a, b, c, d, e;
+            prmt.b32 a, $1, $2, 0x0040; prmt.b32 b, $3, $4, 0x0040; prmt.b32 a, a, b, 0x5410;
+            prmt.b32 b, $5, $6, 0x0040; prmt.b32 c, $7, $8, 0x0040; prmt.b32 b, b, c, 0x5410;
+            shl.b32 b, b, 4;
+            prmt.b32 c, $9, $10, 0x0073; prmt.b32 d, $11, $12, 0x0073; prmt.b32 c, c, d, 0x5410;
+            shr.u32 c, c, 4;
+            prmt.b32 d, $13, $14, 0x0073; prmt.b32 e, $15, $16, 0x0073; prmt.b32 d, d, e, 0x5410;
+            lop3.b32 a, a, b, 0x07070707, 0xe4;
+            lop3.b32 c, c, d, 0x08080808, 0xe4;
+            lop3.b32 $0, a, c, 0x77777777, 0xe4;
+            }
+            """,
+            "=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [even, odd, plus, minus],
+            dtype=tl.uint8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low = (even & 7) | (plus >> 28 & 8)
+        packed = low | (((odd & 7) | (minus >> 28 & 8)) << 4)
+    return packed
 
 
 @triton.jit
@@ -102,6 +148,7 @@ def store_codes(
     POWER: tl.constexpr,
     LAYOUT: tl.constexpr,
     DIVIDE: tl.constexpr,
+    PAIRS: tl.constexpr,
     start=0,
 ):
     """Quantise a tile: compute its scales, unless one is given alone, and write codes and scales.
@@ -125,17 +172,15 @@ def store_codes(
     if scales is None:
         step = given
     else:
-        # As integers, magnitudes keep their order, and NaN is the largest.
-        # A group past the end has 1, not 0, which a correctly rounded division would be slow with.
-        bits = tl.where(mask, y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x3F800000 if GROUP else 0)
         groups: tl.constexpr = WIDTH // GROUP if GROUP else 1
         if GROUP:
             y = tl.reshape(y, [ROWS, BLOCK // GROUP, GROUP])
-            bits = tl.reshape(bits, [ROWS, BLOCK // GROUP, GROUP])
-            amax = tl.max(bits, 2).to(tl.float32, bitcast=True)
+            amax = tl.reduce(tl.abs(y), 2, larger)
             group = start // GROUP + tl.arange(0, BLOCK // GROUP)[None, :]
+            # A group past the end has 1, not 0, which a correctly rounded division would be slow with.
+            amax = tl.where(group < groups, amax, 1.0)
         else:
-            amax = tl.max(bits, 1, keep_dims=True).to(tl.float32, bitcast=True)
+            amax = tl.reduce(tl.where(mask, tl.abs(y), 0.0), 1, larger, keep_dims=True)
             group = tl.zeros([1, 1], tl.int32)
         if ZERO_IS_ONE:
             amax = tl.where(amax > 0, amax, 1.0)
@@ -169,15 +214,15 @@ def store_codes(
         if GROUP:
             factor = tl.expand_dims(factor, 2)
     if scales is None:
-        y = encode(y, step, LIMIT, DIVIDE)
+        y = encode(y, step, q, LIMIT, DIVIDE, PAIRS)
     else:
         y = tl.div_rn(y, factor) if DIVIDE and scales.dtype.element_ty != tl.uint8 else y * factor
         if q.dtype.element_ty != tl.uint8:
-            y = tl.clamp(y, LOW, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            y = saturated(y, q, LOW, LIMIT, PAIRS)
         if GROUP:
             y = tl.reshape(y, [ROWS, BLOCK])
     if q.dtype.element_ty == tl.uint8:
-        codes = pack(y, ROWS, BLOCK)
+        codes = pack(y, ROWS, BLOCK, PAIRS)
         pairs = start // 2 + tl.arange(0, BLOCK // 2)[None, :]
         tl.store(q + row * (WIDTH // 2) + pairs, codes.to(tl.uint8), (row < rows) & (pairs < WIDTH // 2))
     elif q.dtype.element_ty == tl.int8:
@@ -190,9 +235,20 @@ def store_codes(
 
 
 @triton.jit
-def store_static(y, scale, q, row, columns, mask, WIDTH: tl.constexpr, LIMIT: tl.constexpr, DIVIDE: tl.constexpr):
+def store_static(
+    y,
+    scale,
+    q,
+    row,
+    columns,
+    mask,
+    WIDTH: tl.constexpr,
+    LIMIT: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
     """Codes of a tile by a further static scale, read here."""
-    codes = encode(y, tl.load(scale).to(tl.float32), LIMIT, DIVIDE)
+    codes = encode(y, tl.load(scale).to(tl.float32), q, LIMIT, DIVIDE, PAIRS)
     tl.store(q + row * WIDTH + columns, codes.to(q.dtype.element_ty), mask)
 
 

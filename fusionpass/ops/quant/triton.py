@@ -10,8 +10,9 @@ import triton.language as tl
 
 from ...arch import Arch
 from ...launch import Launch
-from ...tuning.rows import Cut, choose_rows
+from ...tuning.rows import Cut, choose_rows, tile
 from ..pdl import pdl_launch, pdl_wait
+from ..rounding import in_pairs, widened
 from ..rows import FLOATS, known, row_count, row_stride, static
 from .epilogue import (
     code_outputs,
@@ -57,6 +58,7 @@ def quantize_kernel(
     POWER: tl.constexpr,
     LAYOUT: tl.constexpr,
     DIVIDE: tl.constexpr,
+    PAIRS: tl.constexpr,
     PDL: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -79,11 +81,11 @@ def quantize_kernel(
     pdl_wait(PDL)
     if scale is not None and not EARLY:
         given = tl.load(scale).to(tl.float32)
-    y = tl.load(x + row * x_row + columns, mask, other=0.0).to(tl.float32)
+    y = widened(tl.load(x + row * x_row + columns, mask, other=0.0), PAIRS)
     pdl_launch(PDL)
     store_codes(
         y, given, q, scales, row, columns, mask, rows, WIDTH, GROUP, LIMIT, LOW, INVERSE, INPUT, EPS, ZERO_IS_ONE,
-        POWER, LAYOUT, DIVIDE, start,
+        POWER, LAYOUT, DIVIDE, PAIRS, start,
     )  # fmt: skip
 
 
@@ -132,6 +134,7 @@ def plan_quantize(
             "VECTOR": 16 // x.element_size(),
             "FLAT": flat,
             **scheme_constants(kind, x.dtype),
+            "PAIRS": in_pairs(arch, cut.rows * cut.columns, cut.warps),
             "PDL": arch.has_pdl,
             "EARLY": False,
         },
@@ -153,10 +156,5 @@ def configure(arch: Arch, kind: Scheme, rows: int | None, width: int, itemsize: 
         loads = max(1, columns * itemsize // 16)
         threads = loads if 128 <= loads <= 256 else max(128, columns // 64)
         return Cut(max(1, min(16, 64 // loads)), columns, threads // arch.warp_size)
-    # Few elements are spread over more programs; the widest block that wastes no more than a tenth.
     elements = rows * width if rows is not None else 2**31
-    most = max(fewest_columns(kind), 512 if elements <= 2**17 else 1024 if elements <= 2**20 else 2048)
-    columns = most
-    while columns > fewest_columns(kind) and width < 0.9 * triton.cdiv(width, columns) * columns:
-        columns //= 2
-    return Cut(most // columns, columns, max(1, most // 8 // arch.warp_size))
+    return tile(elements, width, fewest_columns(kind), arch.warp_size, grouped=True)
