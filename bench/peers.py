@@ -129,7 +129,13 @@ def _liger(module: Any) -> Kernels:
     def gated(a: Arguments) -> Any:
         # It takes the strides of the output for those of the inputs.
         gate, up = a["gate"].contiguous(), a["up"].contiguous()
-        return lambda: [ops["swiglu"].swiglu_forward(gate, up)]
+
+        def run() -> list[torch.Tensor]:
+            found = ops["swiglu"].swiglu_forward(gate, up)
+            # Newer versions return what its gradient wants, too: the product is the last.
+            return [found[-1] if isinstance(found, tuple) else found]
+
+        return run
 
     return {
         ("rms_norm", None): rms,

@@ -57,8 +57,8 @@ def test_compiles(op, name):
             assert re.search(r"st\.global[\w.:]*\.v4\.b32|(global|buffer)_store_dwordx4", text)
         if "quantize" in op.name:
             assert re.search(r"st\.global[\w.:]*\.v2\.b32|(global|buffer)_store_dwordx2", text)
-        # Two a reduction: LayerNorm's two sums are one.
-        assert text.count("bar.sync") <= 2
+        # Two a reduction: LayerNorm's two sums are one, and a second where that is not exact enough.
+        assert text.count("bar.sync") <= (4 if "layer" in op.name else 2)
 
 
 @pytest.mark.parametrize("op", WITH_KERNELS, ids=lambda op: op.name)
@@ -113,10 +113,9 @@ def test_numbers_of_16_bits_are_taken_two_at_a_time(op):
     if "layer" in op.name:
         assert "cvt.rn.bf16x2.f32" in text
         assert "cvt.rn.bf16.f32" not in text
-    # The conversion to e4m3 saturates: nothing is clamped before. A LayerNorm has one for the variance.
+    # The conversion to e4m3 saturates: nothing is clamped before.
     if "clamped" not in op.name:
-        clamps = re.findall(r"(?:min|max)(?:\.xorsign\.abs|\.NaN)*\.f32", text)
-        assert len(clamps) <= ("layer" in op.name)
+        assert not re.search(r"(min|max)(\.xorsign\.abs|\.NaN)*\.f32", text)
 
 
 @pytest.mark.parametrize("name", ["silu_mul", "gelu_mul", "silu", "gelu"])

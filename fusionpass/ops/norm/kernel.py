@@ -17,41 +17,46 @@ def added_pairs(a, b, c, d):
 
 
 @triton.jit
-def normalised(
-    h,
-    near,
+def normalised(h, near, eps, inside, WIDTH: tl.constexpr, CENTRE: tl.constexpr):
+    """float32 rows `h` (zero outside) over their root mean square; with CENTRE deviations over the standard deviation.
+
+    `near`, a number of each row or close to one, makes one sum of both of CENTRE's; None where none is known.
+    """
+    if CENTRE and near is not None:
+        # Squares of distances from `near` serve where it is within two deviations of the mean, as most numbers are.
+        h = tl.where(inside, h - near, 0.0)
+        first, second = tl.reduce((h, h * h), 1, added_pairs, keep_dims=True)
+        mean = first / WIDTH
+        variance = second / WIDTH - mean * mean
+        h = tl.where(inside, h - mean, 0.0)
+        if tl.max((mean * mean > 4.0 * variance).to(tl.int32)) > 0:
+            variance = tl.sum(h * h, 1, keep_dims=True) / WIDTH
+    else:
+        if CENTRE:
+            h = tl.where(inside, h - tl.sum(h, 1, keep_dims=True) / WIDTH, 0.0)
+        variance = tl.sum(h * h, 1, keep_dims=True) / WIDTH
+    return h * tl.rsqrt(variance + eps)
+
+
+@triton.jit
+def weighted(
+    y,
     w,
     b,
-    eps,
     offset,
-    inside,
     like,
     wide,
-    WIDTH: tl.constexpr,
     CENTRE: tl.constexpr,
     AFTER: tl.constexpr,
     LAST: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """float32 rows `h` (zero outside) normalised, times `w` and plus `b`, rounded where the reference rounds.
+    """Normalised float32 rows times `w` and plus `b`, None where there is none, rounded where the reference rounds.
 
-    `like` and `wide` are pointers of the dtypes of x and of the weight; `w`, `b` None where there is none. CENTRE
-    subtracts the mean (LayerNorm); AFTER rounds once, behind weight and bias; LAST leaves even that to a modulation.
+    `like` and `wide` are pointers of the dtypes of x and of the weight. AFTER rounds once, behind weight and bias; LAST
+    leaves even that to a modulation.
     """
     kind: tl.constexpr = like.dtype.element_ty
-    if CENTRE and near is not None:
-        # One sum of two instead of two, one behind the other. The squares are of distances from a number of the row,
-        # at most sqrt(WIDTH) deviations from the mean: they lose a relative WIDTH * 2**-24 at worst.
-        h = tl.where(inside, h - near, 0.0)
-        first, second = tl.reduce((h, h * h), 1, added_pairs, keep_dims=True)
-        mean = first / WIDTH
-        h = h - mean
-        variance = tl.maximum(second / WIDTH - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    else:
-        if CENTRE:
-            h = tl.where(inside, h - tl.sum(h, 1, keep_dims=True) / WIDTH, 0.0)
-        variance = tl.sum(h * h, 1, keep_dims=True) / WIDTH
-    y = h * tl.rsqrt(variance + eps)
     if w is None:
         if b is not None:
             y += widened(b, PAIRS and y.shape[0] == 1)
@@ -137,13 +142,15 @@ def norm_kernel(
     LAYOUT: tl.constexpr,
     DIVIDE: tl.constexpr,
     PAIRS: tl.constexpr,
+    LATE: tl.constexpr,
     PDL: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """ROWS rows a program, each held in registers; pointers and numbers are None where the op has no such thing.
 
     float32 arithmetic, rounded where the reference rounds. NORM is "rms", "layer", or "" for a sum alone. EARLY reads
-    weights, bias and given scales before the wait: the preceding kernel must not have written them.
+    weights, bias and given scales before the wait: the preceding kernel must not have written them. LATE reads those
+    weights and biases when the row is normalised, so that they take no registers before.
     """
     # Left to itself, the one-byte output would set the layout of all: 32-byte strides in the loads, a shuffle through
     # shared memory before the wider stores.
@@ -153,11 +160,13 @@ def norm_kernel(
     b = None
     v = None
     step = None
-    if EARLY:
+    late: tl.constexpr = EARLY and LATE
+    if EARLY and not late:
         if weight is not None:
             w = tl.load(weight + columns, inside, other=0.0, eviction_policy="evict_last")
         if bias is not None:
             b = tl.load(bias + columns, inside, other=0.0, eviction_policy="evict_last")
+    if EARLY:
         if inner is not None:
             v = tl.load(inner + columns, inside, other=0.0, eviction_policy="evict_last")
         if scale is not None:
@@ -199,7 +208,9 @@ def norm_kernel(
         shift = tl.load(mod_shift + group * shift_row + columns, mask, other=0.0)
     pdl_launch(PDL)
     if inner is not None:
-        h = normalised(h, None, v, None, eps, offset, inside, x, inner, WIDTH, False, AFTER, False, PAIRS)
+        h = weighted(
+            normalised(h, None, eps, inside, WIDTH, False), v, None, offset, x, inner, False, AFTER, False, PAIRS
+        )
     if alpha is not None:
         # Chosen by what the compiler does not know, or float32 would be scaled and added at once.
         h = tl.where(unit > 0.0, h * alpha, 0.0).to(x.dtype.element_ty).to(tl.float32)
@@ -212,10 +223,14 @@ def norm_kernel(
         h = widened(added, PAIRS)
     y = h
     if NORM != "":
+        y = normalised(h, near, eps, inside, WIDTH, NORM == "layer")
+        if late:
+            if weight is not None:
+                w = tl.load(weight + columns, inside, other=0.0, eviction_policy="evict_last")
+            if bias is not None:
+                b = tl.load(bias + columns, inside, other=0.0, eviction_policy="evict_last")
         like = x if weight is None else weight
-        y = normalised(
-            h, near, w, b, eps, offset, inside, x, like, WIDTH, NORM == "layer", AFTER, LAST, PAIRS and q is not None
-        )
+        y = weighted(y, w, b, offset, x, like, NORM == "layer", AFTER, LAST, PAIRS and q is not None)
     if mod_scale is not None:
         # Each step rounded to the dtype that promotion gives it. LLVM would make 16-bit arithmetic of it, and then a
         # fused multiply-add, as above.

@@ -170,6 +170,8 @@ def _plan(
         "total": Empty(shape, x.dtype) if residual_out else None,
     }
     block = max(fewest_columns(codes), cut.columns)
+    # Where other programs hide the wait, registers are worth more. With a residual, or without a bias, they are not.
+    late = kind == "layer" and residual is None and codes is not None and (static(rows) or 0) >= MANY
     read_early = {"weight": weight, "bias": bias, "inner": inner_weight, "scale": scale}
     return Launch(
         norm_kernel,
@@ -203,6 +205,7 @@ def _plan(
             "ROWS": cut.rows,
             "VECTOR": 16 // x.element_size(),
             **scheme_constants(codes, dtype),
+            "LATE": late,
             "PAIRS": in_pairs(arch, cut.rows * block, cut.warps),
             "PDL": arch.has_pdl,
             "EARLY": False,
