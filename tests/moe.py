@@ -25,9 +25,14 @@ def mixture(
     scheme: str = "",
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
+    bias: bool = False,
+    transposed: bool = False,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Arguments of that size, with weights of about one and results of about one."""
+    """Arguments of that size, with weights of about one and results of about one.
+
+    `bias`: both products have one. `transposed`: weights lie as [experts, in, out], where they are no codes.
+    """
     generator = torch.Generator(device).manual_seed(tokens * hidden + inner + top)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -37,8 +42,13 @@ def mixture(
     made: dict[str, Any] = {"x": normal(tokens, hidden).to(dtype), "ids": scores.indices, "x_scheme": scheme}
     made["weights"] = scores.values.to(dtype)
     weights = {"up": normal(count, 2 * inner, hidden) / hidden**0.5, "down": normal(count, hidden, inner) / inner**0.5}
+    if bias:
+        made |= {f"{name}_bias": normal(*w.shape[:2]).to(dtype) for name, w in weights.items()}
     if not scheme:
-        return experts.bind((), {**made, **{name: w.to(dtype) for name, w in weights.items()}, **changes})
+        given = {name: w.to(dtype) for name, w in weights.items()}
+        if transposed:
+            given = {name: w.transpose(1, 2).contiguous().transpose(1, 2) for name, w in given.items()}
+        return experts.bind((), {**made, **given, **changes})
     kind = weight_scheme(scheme)
     for name, weight in weights.items():
         given = [w.abs().amax() / (2688 if kind.packed else 448) if kind.takes_scale else None for w in weight]
@@ -72,15 +82,30 @@ def exact(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
             expert = int(ids[token, k])
             if not 0 <= expert < up.shape[0]:
                 continue
-            gate, beside = (up[expert] @ inputs[token]).to(x.dtype).chunk(2)
-            acted = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}.get(arguments["activation"])
-            assert acted is not None
-            hidden = acted(gate.float()).to(x.dtype) * beside
+            made = (up[expert] @ inputs[token]).to(x.dtype)
+            if (bias := arguments["up_bias"]) is not None:
+                made = made + bias[expert]
+            gate, beside = made.view(-1, 2).unbind(1) if arguments["interleaved"] else made.chunk(2)
+            hidden = _gated(arguments, gate, beside)
             seen = _seen(hidden[None], scheme, arguments["hidden_scale"])[0]
-            weight = arguments["weights"][token, k].double()
-            out[token] += weight * (down[expert] @ seen)
-            terms[token] += weight.abs() * (down[expert].abs() @ seen.abs())
+            weight, y = arguments["weights"][token, k].double(), down[expert] @ seen
+            if (bias := arguments["down_bias"]) is not None:
+                y += bias[expert].double()
+            out[token] += weight * y
+            terms[token] += weight.abs() * (down[expert].abs() @ seen.abs() + y.abs())
     return out, terms
+
+
+def _gated(arguments: dict[str, Any], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The activation, each of its steps in float64 and rounded to the dtype of `gate`."""
+    kind = gate.dtype
+    if arguments["activation"] != "clamped_swiglu":
+        acted = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}[arguments["activation"]]
+        return acted(gate.double()).to(kind) * up
+    alpha, limit = arguments["alpha"], arguments["limit"]
+    gate, up = gate.double().clamp(max=limit).to(kind), up.double().clamp(-limit, limit).to(kind)
+    slope = (gate.double() * alpha).to(kind).double().sigmoid().to(kind)
+    return (up.double() + 1).to(kind) * (gate * slope)
 
 
 def weight_of(arguments: dict[str, Any], name: str) -> torch.Tensor:

@@ -6,14 +6,19 @@ import torch
 
 from ...errors import ArgumentError, nearest
 from ...op import Tolerance, op
-from ..activation import gelu, silu
+from ..activation import clamped_swiglu, gelu_mul, silu_mul
 from ..gemm.blocks import group_of
 from ..quant import dequantize, quantize
 from ..quant.scheme import Scheme
 from ..rows import triton_backend
 
-ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu}
-"""What a gate goes through, by name."""
+ACTIVATIONS = {
+    "silu": (silu_mul, {}),
+    "gelu": (gelu_mul, {}),
+    "gelu_tanh": (gelu_mul, {"approximate": "tanh"}),
+    "clamped_swiglu": (clamped_swiglu, {}),
+}
+"""What becomes of gate and up, by name: the op, and arguments of it."""
 
 SCHEMES = ("fp8_static", "fp8_group128", "int8_group128", "mxfp8", "nvfp4")
 """Of the inputs of both products; the weights have that by the same name, blocks for groups of 128."""
@@ -53,19 +58,26 @@ def experts(
     down_global_scale: torch.Tensor | None = None,
     x_scale: torch.Tensor | None = None,
     hidden_scale: torch.Tensor | None = None,
+    up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    interleaved: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
 ) -> torch.Tensor:
-    """`sum_k weights[:, k] * down[e] @ (act(gate) * up)` with `[gate, up] = up[e] @ x` and `e = ids[:, k]`.
+    """`sum_k weights[:, k] * (down[e] @ act(gate, up) + b[e])`, `[gate, up] = up[e] @ x + a[e]` and `e = ids[:, k]`.
 
-    As eager mode computes it: both products, the activation, what it is multiplied by, and each weighted expert are
-    rounded to the dtype of `x`; the sum over k is in float32. Codes are multiplied as in `block_scaled_mm`.
+    As eager mode computes it: both products, what has a bias added, the activation, what it is multiplied by, and each
+    weighted expert are rounded to the dtype of `x`; the sum over k is in float32. Codes are multiplied as in
+    `block_scaled_mm`.
 
     Args:
         x: [T, H], floating point.
-        up: [E, 2·I, H], the gate's rows first; codes where there is a scheme (nvfp4: [E, 2·I, H/2]).
+        up: [E, 2·I, H], the gate's rows first; codes where there is a scheme (nvfp4: [E, 2·I, H/2]). Where there is
+            none, the transpose of a contiguous [E, H, 2·I] will do as well.
         down: [E, H, I], likewise.
         ids: [T, K], integers; one that is no expert's, below 0 or from E on, adds nothing.
         weights: [T, K], floating point.
-        activation: "silu", "gelu" or "gelu_tanh".
+        activation: "silu", "gelu" or "gelu_tanh" of the gate, times up; or "clamped_swiglu" of both.
         x_scheme: how `x`, and what is between the products, are quantised; "" for not at all.
         up_scale: scales of `up` as `quantize` gives them, [E, …]; for "fp8_static" one each, [E].
         down_scale: of `down`.
@@ -73,6 +85,11 @@ def experts(
         down_global_scale: for `down`.
         x_scale: the scale that the scheme takes for `x`, one float32 element.
         hidden_scale: for what is between the products.
+        up_bias: `a`, [E, 2·I], its elements as the rows of `up`.
+        down_bias: `b`, [E, H].
+        interleaved: rows of `up` are of gate and up in turn, the gate's first, not each in a half.
+        alpha: of `clamped_swiglu`.
+        limit: of `clamped_swiglu`.
 
     Returns:
         [T, H] in the dtype of `x`.
@@ -82,7 +99,7 @@ def experts(
         SchemeError: there is no such scheme.
     """
     given = (up_scale, down_scale, up_global_scale, down_global_scale, x_scale, hidden_scale)
-    check(x, up, down, ids, weights, activation, x_scheme, given)
+    check(x, up, down, ids, weights, activation, x_scheme, given, (up_bias, down_bias))
     count, (tokens, top) = up.shape[0], ids.shape
     # Those of no expert go behind all others, where no product is made of them.
     flat = torch.where((ids >= 0) & (ids < count), ids, count).flatten()
@@ -90,30 +107,30 @@ def experts(
     owners = flat[order]
     x_rows = _matrix(x, x_scheme, x_scale)[order // top]
     dtype = x_rows.dtype
-    gate, beside = _grouped(x_rows, _weight(up, x_scheme, up_scale, up_global_scale, dtype), owners, x.dtype).chunk(
-        2, -1
-    )
-    hidden = _matrix(_activated(gate, activation) * beside, x_scheme, hidden_scale)
-    y = _grouped(hidden, _weight(down, x_scheme, down_scale, down_global_scale, dtype), owners, x.dtype)
+    made = _grouped(x_rows, _weight(up, x_scheme, up_scale, up_global_scale, dtype), owners, x.dtype, up_bias)
+    gate, beside = (made[:, ::2], made[:, 1::2]) if interleaved else made.chunk(2, -1)
+    act, more = ACTIVATIONS[activation]
+    more = {"alpha": alpha, "limit": limit} if act is clamped_swiglu else more
+    hidden = _matrix(act.reference(gate, beside, **more), x_scheme, hidden_scale)
+    y = _grouped(hidden, _weight(down, x_scheme, down_scale, down_global_scale, dtype), owners, x.dtype, down_bias)
     y = y * weights.flatten()[order, None]
     y = torch.where((owners < count)[:, None], y, 0)
     return y[order.argsort()].view(tokens, top, y.shape[-1]).sum(1).to(x.dtype)
 
 
-def _activated(gate: torch.Tensor, activation: str) -> torch.Tensor:
-    approximate = {"gelu_tanh": ("tanh",)}.get(activation, ())
-    made: torch.Tensor = ACTIVATIONS[activation].reference(gate, *approximate)
-    return made
-
-
-def _grouped(rows: torch.Tensor, weight: torch.Tensor, owners: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Each row times the weight of its owner, in the order of these; those of no weight give anything."""
+def _grouped(
+    rows: torch.Tensor, weight: torch.Tensor, owners: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Each row times the weight of its owner and its bias, in the order of these; those of no weight give anything."""
     count = weight.shape[0]
+    last = owners.clamp(max=count - 1)
     if rows.dtype == torch.bfloat16:
         ends = (owners[:, None] < torch.arange(1, count + 1, device=rows.device)).sum(0, dtype=torch.int32)
-        return torch._grouped_mm(rows, weight.transpose(1, 2), ends).to(dtype)
-    # PyTorch groups products of bfloat16 alone.
-    return (weight[owners.clamp(max=count - 1)] @ rows[:, :, None]).squeeze(-1).to(dtype)
+        made = torch._grouped_mm(rows, weight.transpose(1, 2), ends).to(dtype)
+    else:
+        # PyTorch groups products of bfloat16 alone.
+        made = (weight[last] @ rows[:, :, None]).squeeze(-1).to(dtype)
+    return made if bias is None else (made + bias[last]).to(dtype)
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
@@ -160,6 +177,7 @@ def check(
     activation: str,
     scheme: str,
     given: tuple[torch.Tensor | None, ...],
+    biases: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> None:
     """Raise what `experts` raises."""
 
@@ -184,6 +202,11 @@ def check(
         raise wrong(f"x is {x.dtype}, up {up.dtype}, down {down.dtype}", f"Pass weights of {dtype}")
     if ids.dim() != 2 or ids.shape[0] != x.shape[0] or ids.is_floating_point() or weights.shape != ids.shape:
         raise wrong(f"ids are {ids.dtype} {tuple(ids.shape)}, weights {tuple(weights.shape)}", "Pass [T, K] of both")
+    for name, bias, weight in (("up_bias", biases[0], up), ("down_bias", biases[1], down)):
+        if bias is not None and (bias.shape != weight.shape[:2] or not bias.is_floating_point()):
+            raise wrong(
+                f"{name} is {bias.dtype} {tuple(bias.shape)}", f"Pass one float for each of {list(weight.shape[:2])}"
+            )
     if not scheme:
         if any(scale is not None for scale in given):
             raise wrong("there are scales and no scheme", "Name the scheme")
