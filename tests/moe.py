@@ -68,6 +68,13 @@ def mixture(
     return experts.bind((), {**made, **changes})
 
 
+def coded(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same with the codes of `x`."""
+    x, scheme = arguments["x"], arguments["x_scheme"]
+    codes, *scales = quantize.reference(x, arguments["x_scale"], scheme)
+    return {**arguments, "x": codes, "x_scales": scales[0] if scales else None, "out_dtype": str(x.dtype)[6:]}
+
+
 def exact(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """The result in float64, roundings to the dtype of `x` as in eager mode, and the sum of its terms' magnitudes.
 
@@ -75,14 +82,20 @@ def exact(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """
     x, ids, scheme = arguments["x"], arguments["ids"], arguments["x_scheme"]
     up, down = (weight_of(arguments, name) for name in ("up", "down"))
-    inputs = _seen(x, scheme, arguments["x_scale"])
+    kind = x.dtype
+    if arguments["out_dtype"]:
+        kind = getattr(torch, arguments["out_dtype"])
+        given, scale = arguments["x_scale"], arguments["x_scales"]
+        inputs = dequantize(x, given if scale is None else scale, Scheme.parse(scheme), given).double()
+    else:
+        inputs = _seen(x, scheme, arguments["x_scale"])
     out, terms = (torch.zeros(x.shape[0], down.shape[1], dtype=torch.float64, device=x.device) for _ in range(2))
     for token in range(x.shape[0]):
         for k in range(ids.shape[1]):
             expert = int(ids[token, k])
             if not 0 <= expert < up.shape[0]:
                 continue
-            made = (up[expert] @ inputs[token]).to(x.dtype)
+            made = (up[expert] @ inputs[token]).to(kind)
             if (bias := arguments["up_bias"]) is not None:
                 made = made + bias[expert]
             gate, beside = made.view(-1, 2).unbind(1) if arguments["interleaved"] else made.chunk(2)
@@ -150,7 +163,8 @@ def check_mixture(arch: Arch, arguments: dict[str, Any], cuts: Any = None, **cha
     with poisoned():
         (got,) = launch.run()
     expected, terms = exact(arguments)
-    assert (got.shape, got.dtype, got.is_contiguous()) == (expected.shape, arguments["x"].dtype, True)
+    dtype = getattr(torch, arguments["out_dtype"]) if arguments["out_dtype"] else arguments["x"].dtype
+    assert (got.shape, got.dtype, got.is_contiguous()) == (expected.shape, dtype, True)
     scale = expected.norm()
     error = (got.double() - expected).norm() / scale if scale > 0 else got.double().norm()
     assert error < (0.02 if arguments["x_scheme"] else 5e-3), error

@@ -191,7 +191,7 @@ class _Walk:
         names = {silu_mul: "silu", clamped_swiglu: "clamped_swiglu"}
         approximate = {"none": "gelu", "tanh": "gelu_tanh"}
         activation = names.get(op) or approximate[given["approximate"]]
-        more = {name: given[name] for name in ("alpha", "limit") if name in given}
+        more: dict[str, Any] = {name: given[name] for name in ("alpha", "limit") if name in given}
         return product, {"activation": activation, "interleaved": interleaved, **more}
 
     def _order(self, rows: Any, ends: Any, count: Any) -> tuple[Any, Node, Node, Any]:

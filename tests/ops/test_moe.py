@@ -21,7 +21,7 @@ from fusionpass.ops import experts
 from fusionpass.session import Session
 from fusionpass.tuning.store import forget
 from tests.fake_gpu import codegen, needs_cuda_build
-from tests.moe import SCHEMES, exact, mixture
+from tests.moe import SCHEMES, coded, exact, mixture
 
 pytest.importorskip("triton")
 from fusionpass.ops.gemm.blocks_triton import Cut
@@ -29,6 +29,7 @@ from fusionpass.ops.moe.triton import CutWarning, blocks_of, configure, resolve
 
 H100 = Arch("sm_90")
 INSIDE = ["align", "block", "block", "combine"]
+CODED = ["align", "block", "quantize", "block", "combine"]
 QUANTISED = ["align", "quantize", "block", "quantize", "block", "combine"]
 
 
@@ -59,6 +60,34 @@ def test_the_reference_with_biases_and_interleaved_rows(scheme: str) -> None:
     for name, other in (("alpha", 1.0), ("limit", 7.0), ("interleaved", False), ("up_bias", None), ("down_bias", None)):
         wrong = experts(**{**arguments, name: other}).double()
         assert (wrong - expected).norm() / expected.norm() > 0.02, name
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[1:])
+def test_codes(scheme: str) -> None:
+    arguments = mixture(7, 256, 128, top=3, scheme=scheme)
+    assert torch.equal(experts(**coded(arguments)), experts(**arguments))
+    launches = plan(coded(arguments))[0].all
+    assert [part.kernel.fn.__name__ for part in launches] == [f"{name}_kernel" for name in CODED]
+    with pytest.raises(ArgumentError, match=r"Pass one of .*bfloat16.* with codes, and else none"):
+        experts(**{**coded(arguments), "out_dtype": ""})
+    with pytest.raises(ArgumentError, match=r"x_scales is .* Pass .* here|x_scales is"):
+        experts(**{**coded(arguments), "x_scales": torch.ones(7, 99)})
+    with pytest.raises(ArgumentError, match="out_dtype 'bfloat16'"):
+        experts(**{**arguments, "out_dtype": "bfloat16"})
+
+
+@pytest.mark.parametrize("scheme", ["mxfp8,layout=swizzled", "fp8_group128,layout=column_major"])
+def test_scales_in_another_order(scheme: str) -> None:
+    with pytest.raises(ArgumentError, match="Pass a scheme with linear ones"):
+        experts(**{**mixture(7, 256, 128, scheme=scheme.partition(",")[0]), "x_scheme": scheme})
+
+
+def test_another_rounding() -> None:
+    arguments = mixture(7, 256, 128, scheme="fp8_group128")
+    divided = {**arguments, "x_scheme": "fp8_group128,rounding=divide"}
+    expected = exact(divided)[0]
+    assert (experts(**divided).double() - expected).norm() < 0.02 * expected.norm()
+    assert isinstance(plan(divided)[0], Launch)
 
 
 def test_no_token_and_no_expert_of_any() -> None:

@@ -11,6 +11,7 @@ import triton
 from ...arch import Arch
 from ...launch import Empty, Late, Launch
 from ...tuning.store import choose
+from ..gemm import OUTPUTS
 from ..gemm.blocks import group_of
 from ..gemm.blocks_kernel import block_kernel
 from ..gemm.blocks_triton import REACH, Cut, kind_of, named, native, refuse_cut
@@ -127,16 +128,16 @@ def blocks_of(pairs: int, experts: int, rows: int) -> int:
     return (pairs + min(pairs, experts) * (rows - 1)) // rows
 
 
-def _refuse(arch: Arch, tensors: dict[str, torch.Tensor | None], scheme: str) -> str | None:
+def _refuse(arch: Arch, tensors: dict[str, torch.Tensor | None], scheme: str, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run on these."""
     x = tensors["x"]
     assert x is not None
     for name, t in tensors.items():
         if t is not None and t.device != x.device:
             return f"{name} is on {t.device}, x on {x.device}"
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return f"x is {x.dtype}"
-    if scheme not in ("", "int8_group128") and not arch.has_fp8_e4m3fn:
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"x is {dtype}"
+    if scheme.partition(",")[0] not in ("", "int8_group128") and not arch.has_fp8_e4m3fn:
         return f"{arch.name} has no float8_e4m3fn"
     for name in ("up", "down"):
         t = tensors[name]
@@ -153,7 +154,7 @@ def _refuse(arch: Arch, tensors: dict[str, torch.Tensor | None], scheme: str) ->
                 return f"{name} is transposed and has {t.shape[1]} rows, not a multiple of {unit}"
     for name, t in tensors.items():
         transposed = name in ("up", "down") and t is not None and _transposed(t)
-        if t is not None and name != "x" and not t.is_contiguous() and not transposed:
+        if t is not None and name not in ("x", "x_scales") and not t.is_contiguous() and not transposed:
             return f"{name} has strides {tuple(t.stride())}"
     if not known(x.stride(1) == 1):
         return f"x has strides {tuple(x.stride())}"
@@ -185,12 +186,16 @@ def plan(
     interleaved: bool = False,
     alpha: float = 1.702,
     limit: float = 7.0,
+    x_scales: torch.Tensor | None = None,
+    out_dtype: str = "",
 ) -> Launch | Late | str:
     """The launches that run `experts`, or why there are none."""
     scales = {"up_scale": up_scale, "down_scale": down_scale, "up_global": up_global_scale}
     scales |= {"down_global": down_global_scale, "x_scale": x_scale, "hidden_scale": hidden_scale}
-    scales |= {"up_bias": up_bias, "down_bias": down_bias}
-    if reason := _refuse(arch, {"x": x, "up": up, "down": down, "ids": ids, "weights": weights, **scales}, x_scheme):
+    scales |= {"up_bias": up_bias, "down_bias": down_bias, "x_scales": x_scales}
+    dtype = OUTPUTS[out_dtype] if out_dtype else x.dtype
+    tensors = {"x": x, "up": up, "down": down, "ids": ids, "weights": weights, **scales}
+    if reason := _refuse(arch, tensors, x_scheme, dtype):
         return reason
     tokens, top = static(x.shape[0]), ids.shape[1]
     if tokens is None:
@@ -223,8 +228,8 @@ def plan(
         num_warps=8,
         pdl=arch.has_pdl,
     )
-    hidden = Empty((pairs, inner), x.dtype)
-    y = Empty((pairs, width), x.dtype)
+    hidden = Empty((pairs, inner), dtype)
+    y = Empty((pairs, width), dtype)
     shared = {"order": order, "experts": owners, "rows": pairs, "alpha": None, "limit": None}
     act_of = {"clamped_swiglu": "clamped"}.get(activation, activation)
     first = {"ACT": act_of, "INTERLEAVED": interleaved, "TOP": top}
@@ -237,7 +242,9 @@ def plan(
     ):
         codes: Any = source
         own: Any = None
-        if x_scheme:
+        if out_dtype and source is x:
+            own = x_scales
+        elif x_scheme:
             quantized = _quantize(arch, source, given, x_scheme)
             if isinstance(quantized, str):
                 return quantized
@@ -246,7 +253,7 @@ def plan(
         columns = inner if more is first else width
         operands = {"a": codes, "b": weight, "a_scale": own, "b_scale": scale, "a_global": given, "b_global": relative}
         operands["bias"] = bias
-        if x_scheme == "fp8_static":
+        if x_scheme.partition(",")[0] == "fp8_static":
             operands |= {"b_scale": None, "b_global": scale}
         launches.append(_product(arch, operands, out, columns, cut, x_scheme, {**shared, **more}))
     block = min(1024, triton.next_power_of_2(width))
@@ -257,7 +264,7 @@ def plan(
             "y": y,
             "ids": ids,
             "weights": weights,
-            "out": Empty((tokens, width), x.dtype),
+            "out": Empty((tokens, width), dtype),
             "width": width,
             "EXPERTS": count,
             "TOP": top,
@@ -303,6 +310,9 @@ def _product(
         wide = None if group == 128 else triton.language.float16 if kind.packed else triton.language.bfloat16
         own = native(arch, kind, cut)
     depths = b.shape[2]
+    steps = (0, 1)
+    if a_scale is not None and group:
+        steps = (a_scale.shape[1], 1) if isinstance(a_scale, Empty) else a_scale.stride()
     # Triton 3.6 cannot stage two products of unpacked codes at once in tensor memory.
     stages = 1 if shared["ACT"] and wide is not None and arch.capability in (100, 103) else cut.stages
     blocks = shared["experts"].shape[0]
@@ -320,8 +330,8 @@ def _product(
             "b_row": b.stride(1),
             "b_column": b.stride(2),
             "b_expert": b.stride(0),
-            "a_scale_row": 0 if a_scale is None or not group else a_scale.shape[1],
-            "a_scale_group": 1,
+            "a_scale_row": steps[0],
+            "a_scale_group": steps[1],
             "b_scale_row": 0 if b_scale is None else b_scale.stride(1),
             "b_scale_group": 1,
             "b_scale_expert": 0 if b_scale is None else b_scale.stride(0),
