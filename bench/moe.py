@@ -1,7 +1,7 @@
 """Time mixtures of experts beside PyTorch's grouped products and a copy: `python -m bench.moe --help`.
 
-Beside them stands the function of transformers that calls `torch._grouped_mm`, compiled by Inductor; and in 16 bits vLLM's
-`fused_experts`, sort and two Triton products, where vLLM is importable. Tokens choose
+Beside them stands the function of transformers that calls `torch._grouped_mm`, compiled by Inductor; and, in
+16 bits, vLLM's `fused_experts`, sort and two Triton products, where vLLM is importable. Tokens choose
 their experts at random, others in each call. What bounds few tokens is the copy of the weights of the experts that any
 of them chose; what bounds many, the matrix units.
 """
@@ -149,7 +149,8 @@ def main() -> None:
         rival, own = rivals.get((cell["shape"], cell["tokens"])), cell["fusionpass"]
         made.add_row(
             cell["shape"], cell["scheme"], str(cell["tokens"]), f"{cell['megabytes']:.0f}", f"{cell['copy']:.1f}",
-            f"{rival:.1f}" if rival else "", f"{cell['vllm']:.1f}" if "vllm" in cell else "", f"{own:.1f}", f"{rival / own:.2f}" if rival else "",
+            f"{rival:.1f}" if rival else "", f"{cell['vllm']:.1f}" if "vllm" in cell else "", f"{own:.1f}",
+            f"{rival / own:.2f}" if rival else "",
             f"{100 * cell['copy'] / own:.0f}", f"{cell['tflops']:.0f}",
         )  # fmt: skip
     Console().print(made)
