@@ -14,7 +14,7 @@ from fusionpass.ops import experts
 pytest.importorskip("triton")
 from fusionpass.ops.gemm.blocks_triton import Cut
 from tests.families import FAMILIES
-from tests.moe import SCHEMES, check_mixture, mixture
+from tests.moe import SCHEMES, check_mixture, coded, mixture
 
 DEVICE = torch.device("cuda")
 
@@ -62,6 +62,12 @@ def test_shapes_of_gpt_oss(tokens: int, scheme: str) -> None:
     check_mixture(Arch.of(DEVICE), mixture(tokens, wide, wide, 32, 4, scheme, device="cuda", **given))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES[1:])
+@pytest.mark.parametrize("tokens", [1, 33, 600])
+def test_codes(tokens: int, scheme: str) -> None:
+    check_mixture(Arch.of(DEVICE), coded(mixture(tokens, 2048, 768, 64, 8, scheme, device="cuda")))
+
+
 def test_the_same_each_time() -> None:
     """Though pairs of one expert come in any order."""
     arguments = mixture(700, 256, 128, 8, 2, device="cuda")
@@ -99,3 +105,23 @@ def test_a_model_of_transformers(name: str) -> None:
     assert [record.backend for record in found] == ["triton"] * 2
     difference = (got.logits.double() - expected.logits.double()).norm()
     assert difference <= 0.03 * expected.logits.double().norm()
+
+
+@pytest.mark.parametrize("scheme", ["fp8_static", "fp8_group128", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "GPT-OSS"])
+def test_a_quantised_model(name: str, scheme: str) -> None:
+    """Compiled, it computes what it does in eager mode: experts' codes come from the norm, and go to the kernels."""
+    pytest.importorskip("transformers")
+    (family,) = [one for one in FAMILIES if one.name == name]
+    model, inputs = family.build()
+    model, inputs = model.cuda().eval(), {**inputs, "input_ids": inputs["input_ids"].cuda()}
+    data = [inputs] if scheme in ("fp8_static", "nvfp4") else None
+    fusionpass.quantize_(model, scheme, data, skip="lm_head")
+    with torch.no_grad():
+        expected = model(**inputs).logits.double()
+        compiled = fusionpass.compile(model, cache=False)
+        got = compiled(**inputs).logits.double()
+    found = [record for record in fusionpass.report(compiled).fused if record.op == "experts"]
+    assert [record.backend for record in found] == ["triton"] * 2
+    # Codes on either side of a rounding are a step apart, and so are experts chosen by nearly equal scores.
+    assert (got - expected).norm() <= 0.1 * expected.norm()

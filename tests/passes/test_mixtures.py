@@ -342,3 +342,6 @@ def test_models(name: str) -> None:
     assert {(record.backend, record.rules) for record in found} == {("triton", (mixtures.RULE,))}
     assert all(record.where.endswith("mlp.experts") for record in found)
     assert not [record for record in report.missed if record.where.endswith("mlp.experts")]
+    if name == "DeepSeek-V3":
+        fused = {(record.op, record.where.rpartition("mlp.")[2]) for record in report.fused}
+        assert {("linear_bf16_fp32", "gate"), ("silu_mul", "shared_experts")} <= fused

@@ -47,7 +47,7 @@ def test_the_fastest_wins(tmp_path: Path) -> None:
 
 def test_what_fails_has_a_reason_and_what_is_wrong_does_not_win(tmp_path: Path) -> None:
     (job,) = jobs(64)
-    tune(tmp_path, [job], bench=simulated(broken=4, wrong=2))
+    tune(tmp_path, [job], bench=simulated(broken=5, wrong=2))
     record = table(tmp_path, meta=True)["measured"]["64"]
     reasons = {reason.partition(":")[0] for reason in record["failed"].values()}
     assert reasons == {"compile", "ValueError", "wrong"}
@@ -80,7 +80,7 @@ def test_null_where_something_else_is_faster(tmp_path: Path) -> None:
 
 
 def test_a_lost_device_is_told_and_its_configuration_left_out(tmp_path: Path) -> None:
-    bench = simulated(broken=4)
+    bench = simulated(broken=5)
 
     def gone() -> None:
         raise RuntimeError("an illegal memory access was encountered")

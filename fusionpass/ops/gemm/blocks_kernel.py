@@ -79,11 +79,11 @@ def _add_products(
     start,
     last,
     b_row,
-    b_column,
     b_scale_row,
     b_scale_group,
     GROUP: tl.constexpr,
     SHARED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     B_SWIZZLED: tl.constexpr,
     WIDE: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -104,7 +104,10 @@ def _add_products(
     wanted = inside[:, None]
     if not EVEN:
         wanted &= (k < last)[None, :]
-    w = tl.load(b + row.to(tl.int64)[:, None] * b_row + (k * b_column)[None, :], wanted, other=0.0)
+    if TRANSPOSED:
+        w = tl.load(b + row.to(tl.int64)[:, None] + (k * b_row)[None, :], wanted, other=0.0)
+    else:
+        w = tl.load(b + row.to(tl.int64)[:, None] * b_row + k[None, :], wanted, other=0.0)
     if GROUP == 0:
         y = tl.dot(w, tl.trans(even), y, max_num_imprecise_acc=SUMMED)
     elif NATIVE or WIDE is not None:
@@ -162,7 +165,6 @@ def block_kernel(
     depths,
     a_row,
     b_row,
-    b_column,
     b_expert,
     a_scale_row,
     a_scale_group,
@@ -176,6 +178,7 @@ def block_kernel(
     INTERLEAVED: tl.constexpr,
     GROUP: tl.constexpr,
     SHARED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     A_SWIZZLED: tl.constexpr,
     B_SWIZZLED: tl.constexpr,
     WIDE: tl.constexpr,
@@ -204,7 +207,7 @@ def block_kernel(
     With `order`, `b` is one of several, `b_expert` apart: block i of rows has the weight `experts[i]` (-1: none), and
     its rows of `out` are `order[i * ROWS:]`, `rows` where there is none; each TOP of them in turn read one of `a`.
 
-    `b_column` is 1, or more where there are no scales and ROWS is above 1: the step along K.
+    TRANSPOSED: rows of `b` lie next to one another, and `b_row` is the step along K; where ROWS is above 1.
 
     ACT: `b` has twice as many rows, and `out` is `act(first half) * second half`, each rounded before as in eager mode;
     INTERLEAVED: of every two rows the first and the second. "clamped" is GPT-OSS's, with `alpha` and `limit`.
@@ -297,14 +300,14 @@ def block_kernel(
                 even, odd = _operand(x, xs, GROUP, WIDE)
             y = _add_products(
                 y, x, even, odd, xs, b, b_scale, ahead * first_column, ahead * (columns - first_column), start, last,
-                b_row, b_column, b_scale_row, b_scale_group, GROUP, SHARED, B_SWIZZLED, WIDE, NATIVE, SUMMED, EVEN,
+                b_row, b_scale_row, b_scale_group, GROUP, SHARED, TRANSPOSED, B_SWIZZLED, WIDE, NATIVE, SUMMED, EVEN,
                 both, DEPTH,
             )  # fmt: skip
             if ACT is not None and not INTERLEAVED:
                 y_2 = _add_products(
                     y_2, x, even, odd, xs, b, b_scale, columns + first_column, columns - first_column, start, last,
-                    b_row, b_column, b_scale_row, b_scale_group, GROUP, SHARED, B_SWIZZLED, WIDE, NATIVE, SUMMED, EVEN,
-                    COLUMNS, DEPTH,
+                    b_row, b_scale_row, b_scale_group, GROUP, SHARED, TRANSPOSED, B_SWIZZLED, WIDE, NATIVE, SUMMED,
+                    EVEN, COLUMNS, DEPTH,
                 )  # fmt: skip
     row, column = row[None, :], column[:, None]
     stored = inside[:, None] & read[None, :]

@@ -309,7 +309,7 @@ def _product(
         group = shared_by // (2 if kind.packed else 1)
         wide = None if group == 128 else triton.language.float16 if kind.packed else triton.language.bfloat16
         own = native(arch, kind, cut)
-    depths = b.shape[2]
+    depths, turned = b.shape[2], not b.is_contiguous()
     steps = (0, 1)
     if a_scale is not None and group:
         steps = (a_scale.shape[1], 1) if isinstance(a_scale, Empty) else a_scale.stride()
@@ -327,8 +327,7 @@ def _product(
             "columns": columns,
             "depths": depths,
             "a_row": a.shape[1] if isinstance(a, Empty) else a.stride(0),
-            "b_row": b.stride(1),
-            "b_column": b.stride(2),
+            "b_row": b.stride(2) if turned else b.stride(1),
             "b_expert": b.stride(0),
             "a_scale_row": steps[0],
             "a_scale_group": steps[1],
@@ -337,6 +336,7 @@ def _product(
             "b_scale_expert": 0 if b_scale is None else b_scale.stride(0),
             "GROUP": group,
             "SHARED": 128 if scheme and weight_scheme(scheme).granularity == "block128" else 1,
+            "TRANSPOSED": turned,
             "A_SWIZZLED": False,
             "B_SWIZZLED": False,
             "WIDE": wide,
