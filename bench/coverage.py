@@ -151,7 +151,9 @@ def outcomes(family: Family, schemes: Iterable[str]) -> list[Outcome]:
     for scheme in schemes:
         model = copy.deepcopy(built)
         calibration = [inputs] if SCHEMES[scheme].calibrated else None
-        fusionpass.quantize_(model, scheme, calibration, family.skip, progress=False)
+        packed = [path for path, module in model.named_modules() if hasattr(module, "gate_up_proj")]
+        experts = [path for path in packed if not isinstance(model.get_submodule(path).gate_up_proj, torch.nn.Linear)]
+        fusionpass.quantize_(model, scheme, calibration, [*family.skip, *experts], progress=False)
         found = sites(model, inputs)
         with stand_ins(scheme):
             report = fusionpass.explain(model, **inputs, config=Config(target=TARGET))

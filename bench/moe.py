@@ -1,11 +1,14 @@
 """Time mixtures of experts beside PyTorch's grouped products and a copy: `python -m bench.moe --help`.
 
-Beside them stands the function of transformers that calls `torch._grouped_mm`, compiled by Inductor. Tokens choose
+Beside them stands the function of transformers that calls `torch._grouped_mm`, compiled by Inductor; and, in
+16 bits, vLLM's `fused_experts`, sort and two Triton products, where vLLM is importable. Tokens choose
 their experts at random, others in each call. What bounds few tokens is the copy of the weights of the experts that any
 of them chose; what bounds many, the matrix units.
 """
 
 import argparse
+import importlib
+import importlib.util
 import itertools
 import statistics
 from collections.abc import Callable
@@ -66,6 +69,16 @@ def grouped(given: dict[str, Any]) -> Callable[[dict[str, Any]], torch.Tensor]:
     return lambda one: compiled(one["x"], one["ids"], one["weights"])
 
 
+def vllm(given: dict[str, Any]) -> Callable[[dict[str, Any]], torch.Tensor] | None:
+    """vLLM's function with these weights; None where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    fused = importlib.import_module("vllm.model_executor.layers.fused_moe.fused_moe").fused_experts
+    up, down = given["up"], given["down"]
+    # It sorts int32, and weighs by float32.
+    return lambda one: fused(one["x"], up, down, one["weights"].float(), one["ids"].int())  # type: ignore[no-any-return]
+
+
 def measure(tokens: int, name: str, scheme: str) -> dict[str, Any]:
     """Microseconds of each way to compute such a mixture."""
     shape = SHAPES[name]
@@ -84,6 +97,9 @@ def measure(tokens: int, name: str, scheme: str) -> dict[str, Any]:
         rival = grouped(sets[0])
         close(rival(sets[0]), sets[0], 5e-3)
         cell["grouped_mm"] = timed(lambda i: rival(sets[i]))
+        if (other := vllm(sets[0])) is not None:
+            close(other(sets[0]), sets[0], 5e-3)
+            cell["vllm"] = timed(lambda i: other(sets[i]))
     arch = Arch.of(torch.device("cuda"))
     launches = []
     for one in sets:
@@ -126,12 +142,15 @@ def main() -> None:
         rivals |= {(name, tokens): cells[-1]["grouped_mm"]} if "grouped_mm" in cells[-1] else {}
         torch.cuda.empty_cache()
     save(results_folder(options.out) / "moe.json", options, cells=cells)
-    made = Table("shape", "scheme", "tokens", "MB", "copy", "grouped_mm", "fusionpass", "times", "% of copy", "TFLOP/s")
+    made = Table(
+        "shape", "scheme", "tokens", "MB", "copy", "grouped_mm", "vllm", "fusionpass", "times", "% of copy", "TFLOP/s"
+    )
     for cell in cells:
         rival, own = rivals.get((cell["shape"], cell["tokens"])), cell["fusionpass"]
         made.add_row(
             cell["shape"], cell["scheme"], str(cell["tokens"]), f"{cell['megabytes']:.0f}", f"{cell['copy']:.1f}",
-            f"{rival:.1f}" if rival else "", f"{own:.1f}", f"{rival / own:.2f}" if rival else "",
+            f"{rival:.1f}" if rival else "", f"{cell['vllm']:.1f}" if "vllm" in cell else "", f"{own:.1f}",
+            f"{rival / own:.2f}" if rival else "",
             f"{100 * cell['copy'] / own:.0f}", f"{cell['tflops']:.0f}",
         )  # fmt: skip
     Console().print(made)

@@ -33,6 +33,9 @@ def check_rewrite(
     produced = op.outputs(arguments)
     inputs = dict.fromkeys(a for a in arguments.values() if isinstance(a, Node))
     outside = dict.fromkeys(n for node in old for n in node.all_input_nodes if n not in set(old))
+    # A view that was made for the op: of what the old nodes read themselves.
+    views = [n for n in inputs if n not in outside and n.all_input_nodes]
+    inputs = {n: None for n in inputs if n not in views}
     missing = [n for n in outside if n not in inputs]
     roles = {value: name for name, value in arguments.items() if isinstance(value, Node)}
 
@@ -45,7 +48,11 @@ def check_rewrite(
         return [env[node] for node in outputs]
 
     def after(values: Mapping[Node, Any]) -> list[torch.Tensor]:
-        results = op.reference(**{k: values[v] if isinstance(v, Node) else v for k, v in arguments.items()})
+        env = dict(values)
+        for node in views:
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        results = op.reference(**{k: env[v] if isinstance(v, Node) else v for k, v in arguments.items()})
         chosen = _chosen(produced, [results] if op.single else results, names)
         # A fold over a view of the rows has its view behind the op.
         grouped = [[_hint(size) for size in node.meta["val"].shape] for node in outputs]

@@ -25,9 +25,14 @@ def mixture(
     scheme: str = "",
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
+    bias: bool = False,
+    transposed: bool = False,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Arguments of that size, with weights of about one and results of about one."""
+    """Arguments of that size, with weights of about one and results of about one.
+
+    `bias`: both products have one. `transposed`: weights lie as [experts, in, out], where they are no codes.
+    """
     generator = torch.Generator(device).manual_seed(tokens * hidden + inner + top)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -37,8 +42,13 @@ def mixture(
     made: dict[str, Any] = {"x": normal(tokens, hidden).to(dtype), "ids": scores.indices, "x_scheme": scheme}
     made["weights"] = scores.values.to(dtype)
     weights = {"up": normal(count, 2 * inner, hidden) / hidden**0.5, "down": normal(count, hidden, inner) / inner**0.5}
+    if bias:
+        made |= {f"{name}_bias": normal(*w.shape[:2]).to(dtype) for name, w in weights.items()}
     if not scheme:
-        return experts.bind((), {**made, **{name: w.to(dtype) for name, w in weights.items()}, **changes})
+        given = {name: w.to(dtype) for name, w in weights.items()}
+        if transposed:
+            given = {name: w.transpose(1, 2).contiguous().transpose(1, 2) for name, w in given.items()}
+        return experts.bind((), {**made, **given, **changes})
     kind = weight_scheme(scheme)
     for name, weight in weights.items():
         given = [w.abs().amax() / (2688 if kind.packed else 448) if kind.takes_scale else None for w in weight]
@@ -58,6 +68,13 @@ def mixture(
     return experts.bind((), {**made, **changes})
 
 
+def coded(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same with the codes of `x`."""
+    x, scheme = arguments["x"], arguments["x_scheme"]
+    codes, *scales = quantize.reference(x, arguments["x_scale"], scheme)
+    return {**arguments, "x": codes, "x_scales": scales[0] if scales else None, "out_dtype": str(x.dtype)[6:]}
+
+
 def exact(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """The result in float64, roundings to the dtype of `x` as in eager mode, and the sum of its terms' magnitudes.
 
@@ -65,22 +82,43 @@ def exact(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """
     x, ids, scheme = arguments["x"], arguments["ids"], arguments["x_scheme"]
     up, down = (weight_of(arguments, name) for name in ("up", "down"))
-    inputs = _seen(x, scheme, arguments["x_scale"])
+    kind = x.dtype
+    if arguments["out_dtype"]:
+        kind = getattr(torch, arguments["out_dtype"])
+        given, scale = arguments["x_scale"], arguments["x_scales"]
+        inputs = dequantize(x, given if scale is None else scale, Scheme.parse(scheme), given).double()
+    else:
+        inputs = _seen(x, scheme, arguments["x_scale"])
     out, terms = (torch.zeros(x.shape[0], down.shape[1], dtype=torch.float64, device=x.device) for _ in range(2))
     for token in range(x.shape[0]):
         for k in range(ids.shape[1]):
             expert = int(ids[token, k])
             if not 0 <= expert < up.shape[0]:
                 continue
-            gate, beside = (up[expert] @ inputs[token]).to(x.dtype).chunk(2)
-            acted = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}.get(arguments["activation"])
-            assert acted is not None
-            hidden = acted(gate.float()).to(x.dtype) * beside
+            made = (up[expert] @ inputs[token]).to(kind)
+            if (bias := arguments["up_bias"]) is not None:
+                made = made + bias[expert]
+            gate, beside = made.view(-1, 2).unbind(1) if arguments["interleaved"] else made.chunk(2)
+            hidden = _gated(arguments, gate, beside)
             seen = _seen(hidden[None], scheme, arguments["hidden_scale"])[0]
-            weight = arguments["weights"][token, k].double()
-            out[token] += weight * (down[expert] @ seen)
-            terms[token] += weight.abs() * (down[expert].abs() @ seen.abs())
+            weight, y = arguments["weights"][token, k].double(), down[expert] @ seen
+            if (bias := arguments["down_bias"]) is not None:
+                y += bias[expert].double()
+            out[token] += weight * y
+            terms[token] += weight.abs() * (down[expert].abs() @ seen.abs() + y.abs())
     return out, terms
+
+
+def _gated(arguments: dict[str, Any], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The activation, each of its steps in float64 and rounded to the dtype of `gate`."""
+    kind = gate.dtype
+    if arguments["activation"] != "clamped_swiglu":
+        acted = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}[arguments["activation"]]
+        return acted(gate.double()).to(kind) * up
+    alpha, limit = arguments["alpha"], arguments["limit"]
+    gate, up = gate.double().clamp(max=limit).to(kind), up.double().clamp(-limit, limit).to(kind)
+    slope = (gate.double() * alpha).to(kind).double().sigmoid().to(kind)
+    return (up.double() + 1).to(kind) * (gate * slope)
 
 
 def weight_of(arguments: dict[str, Any], name: str) -> torch.Tensor:
@@ -125,7 +163,8 @@ def check_mixture(arch: Arch, arguments: dict[str, Any], cuts: Any = None, **cha
     with poisoned():
         (got,) = launch.run()
     expected, terms = exact(arguments)
-    assert (got.shape, got.dtype, got.is_contiguous()) == (expected.shape, arguments["x"].dtype, True)
+    dtype = getattr(torch, arguments["out_dtype"]) if arguments["out_dtype"] else arguments["x"].dtype
+    assert (got.shape, got.dtype, got.is_contiguous()) == (expected.shape, dtype, True)
     scale = expected.norm()
     error = (got.double() - expected).norm() / scale if scale > 0 else got.double().norm()
     assert error < (0.02 if arguments["x_scheme"] else 5e-3), error

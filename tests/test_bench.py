@@ -1,5 +1,7 @@
 import importlib
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -89,3 +91,17 @@ def test_the_matcher_is_timed_on_a_graph_that_fuses():
     assert not trace.refused
     assert not trace.missed
     assert {"nodes", "normalize", "recognise", "fuse"} == measure(50).keys()
+
+
+def test_vllms_experts_stand_beside_where_they_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = pytest.importorskip("bench.moe")
+    given = {"up": "up", "down": "down"}
+    monkeypatch.setattr(moe.importlib.util, "find_spec", lambda name: None)
+    assert moe.vllm(given) is None
+    called: list[Any] = []
+    module = SimpleNamespace(fused_experts=lambda *args: called.append(args))
+    monkeypatch.setattr(moe.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(moe.importlib, "import_module", lambda name: module)
+    moe.vllm(given)({"x": "x", "weights": torch.ones(2, 2).bfloat16(), "ids": torch.zeros(2, 2, dtype=torch.int64)})
+    ((x, up, down, weights, ids),) = called
+    assert (x, up, down, weights.dtype, ids.dtype) == ("x", "up", "down", torch.float32, torch.int32)

@@ -1,15 +1,16 @@
 """mixtures: transformers' experts over grouped products → the op, on GPUs, where they mean the same."""
 
+from dataclasses import dataclass
 from operator import getitem
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from ..graphs import CAST, VIEWS, aten, source_line, where, writers
+from ..graphs import CAST, VIEWS, aten, erase_unused, inherit, source_line, where, writers
 from ..infer import Inference
 from ..match import Match
-from ..ops.activation import gelu_mul, silu_mul
+from ..ops.activation import clamped_swiglu, gelu_mul, silu_mul
 from ..ops.moe import experts
 from ..report.trace import GraphTrace, Record
 from .recognise import disabled, replace
@@ -26,7 +27,8 @@ def mixtures(graph: Graph, trace: GraphTrace, disable: frozenset[str] = frozense
     """Replace each mixture by the op, in place; record the missed and the refused.
 
     A mixture is anchored at its second product. It has to be exactly what transformers writes: pairs sorted by expert,
-    two products by group with a gated activation in between, weights, and a sum over what each token chose.
+    two products by group, with a bias or without, a gated activation in between, weights, and a sum over what each
+    token chose.
     """
     infer, written = Inference(), writers(graph)
     for down in graph.find_nodes(op="call_function", target=aten._grouped_mm.default):
@@ -38,12 +40,33 @@ def mixtures(graph: Graph, trace: GraphTrace, disable: frozenset[str] = frozense
         except _OtherError as other:
             trace.missed.append(_record(down, f"{other.args[0]}, where the op wants {other.args[1]}"))
             continue
-        arguments = experts.bind((), match.arguments)
-        refusal = disabled(RULE, experts, disable) or replace(
-            graph, RULE, experts, arguments, match, (), infer, written, verify, ""
-        )
+        refusal = disabled(RULE, experts, disable)
+        if refusal is None:
+            names = {node.name for node in match.interior()}
+            given = {name: _turned(graph, v) if isinstance(v, _Transpose) else v for name, v in match.arguments.items()}
+            arguments = experts.bind((), given)
+            refusal = replace(graph, RULE, experts, arguments, match, (), infer, written, verify, "")
+            for name in ("up", "down"):
+                erase_unused(graph, arguments[name])
         if refusal is not None:
             trace.refused.append(_record(down, refusal))
+        else:
+            # What a part of it nearly was does not matter any more.
+            trace.missed = [record for record in trace.missed if record.node not in names]
+
+
+@dataclass(frozen=True)
+class _Transpose:
+    """Weights of [experts, in, out], which the op takes transposed."""
+
+    weight: Node
+
+
+def _turned(graph: Graph, given: _Transpose) -> Node:
+    with graph.inserting_after(given.weight):
+        node = graph.call_function(aten.permute.default, (given.weight, [0, 2, 1]))
+    node.meta = inherit(given.weight, given.weight.meta["val"].permute(0, 2, 1))
+    return node
 
 
 def _record(down: Node, reason: str) -> Record:
@@ -65,6 +88,7 @@ class _Walk:
         self.down = down
         self.seen: dict[Node, Node] = {}
         self.masks: list[tuple[Any, Any]] = []
+        self.biased: list[tuple[Any, Any]] = []
 
     def match(self) -> Match:
         """The mixture, with the arguments of the op.
@@ -72,19 +96,25 @@ class _Walk:
         Raises:
             _OtherError: it is none.
         """
-        hidden, down, ends = self._product(self.down)
-        first, activation = self._activated(hidden)
-        rows, up, other = self._product(self._unmasked(first))
+        reader = self._reader(self.down)
+        last = reader if _is(reader, aten.add.Tensor) else self.down
+        hidden, down, ends, down_bias = self._product(last)
+        first, activated = self._activated(hidden)
+        rows, up, other, up_bias = self._product(self._unmasked(first))
         if other is not ends:
             raise _OtherError("the products have other groups", "the same in both")
-        x, order, ids, top = self._order(self._unmasked(rows), ends, up.meta["val"].shape[0])
-        result, weights = self._result(order, top)
+        count = ends.meta["val"].shape[0]
+        x, order, ids, top = self._order(self._unmasked(rows), ends, count)
+        result, weights = self._result(last, order, top)
         sort = order.args[0]
-        for owners, count in self.masks:
-            if not _is(owners, getitem) or owners.args != (sort, 0) or count != up.meta["val"].shape[0]:
+        for owners, found in self.masks:
+            if not _is(owners, getitem) or owners.args != (sort, 0) or found != count:
                 raise _OtherError("rows are hidden for another reason", "those of no expert hidden")
-        given = {"x": x, "up": up, "down": down, "ids": ids, "weights": weights, "activation": activation}
-        return Match(self.seen, (result,), given)
+        for owners, found in self.biased:
+            if not _is(owners, getitem) or owners.args != (sort, 0) or found not in (None, count - 1):
+                raise _OtherError("what is added is not that of each row's expert", "its bias")
+        given = {"x": x, "up": up, "down": down, "ids": ids, "weights": weights, **activated}
+        return Match(self.seen, (result,), {**given, "up_bias": up_bias, "down_bias": down_bias})
 
     def _take(self, node: Any, what: str, *targets: Any) -> Node:
         """`node`, which calls one of `targets`, as a part of the mixture."""
@@ -109,36 +139,60 @@ class _Walk:
         """The arguments of a part of the mixture."""
         return self._take(node, what, *targets).args
 
-    def _product(self, node: Any) -> tuple[Node, Node, Node]:
-        """Rows, weights as the op has them and the ends of groups, of a product."""
+    def _product(self, node: Any) -> tuple[Node, Node | _Transpose, Node, Node | None]:
+        """Rows, weights as the op has them, the ends of groups and the bias of a product."""
+        bias = None
+        if _is(node, aten.add.Tensor):
+            parts = self._given(node, "", aten.add.Tensor)
+            added = [part for part in parts if not _is(part, aten._grouped_mm.default)]
+            if len(added) != 1 or node.kwargs:
+                raise _OtherError(f"{node.name} adds something else", "a product and its bias")
+            node = next(part for part in parts if part is not added[0])
+            bias, index = self._given(added[0], "a bias by expert", aten.index.Tensor)
+            owners, most = _only(index), None
+            if _is(owners, aten.clamp_max.default):
+                owners, most = self._given(owners, "", aten.clamp_max.default)
+            elif _is(owners, aten.clamp.default) and owners.args[1] is None:
+                owners, _, most = self._given(owners, "", aten.clamp.default)
+            self.biased.append((owners, most))
         product = self._take(node, "a product by group", aten._grouped_mm.default)
         if len(product.args) != 3 or product.kwargs:
             raise _OtherError("a product by group has a bias or another dtype", "none")
         rows, weight, ends = product.args
-        source, order = self._given(weight, "weights of [experts, out, in], transposed", aten.permute.default)
+        if not _is(weight, aten.permute.default):
+            return rows, _Transpose(weight), ends, bias  # type: ignore[arg-type, return-value]
+        source, order = self._given(weight, "", aten.permute.default)
         if list(order) != [0, 2, 1]:
             raise _OtherError(f"weights are permuted by {order}", "[0, 2, 1]")
-        return rows, source, ends  # type: ignore[return-value]
+        return rows, source, ends, bias  # type: ignore[return-value]
 
-    def _activated(self, hidden: Any) -> tuple[Node, str]:
-        """The first product, and the activation of its halves."""
-        acted = self._take(hidden, "an activation that it knows", silu_mul.overload, gelu_mul.overload)
-        op = silu_mul if acted.target is silu_mul.overload else gelu_mul
+    def _activated(self, hidden: Any) -> tuple[Node, dict[str, Any]]:
+        """The first product, and how the op calls the activation of its columns."""
+        known = {op.overload: op for op in (silu_mul, gelu_mul, clamped_swiglu)}
+        acted = self._take(hidden, "an activation that it knows", *known)
+        op = known[acted.target]  # type: ignore[index]
         given = op.bind(acted.args, acted.kwargs)
-        product = None
-        for name, (low, high) in (("gate", (0, None)), ("up", (None, _END))):
+        product, interleaved = None, None
+        for position, name in enumerate(("gate", "up")):
             source, *bounds = self._given(given[name], f"half a row as {name}", aten.slice.Tensor)
             axis, start, end, step = [*bounds, *_WHOLE[len(bounds) :]]
             width = source.meta["val"].shape[-1]
-            wanted = (width // 2 if low is None else low, width // 2 if high is None else high)
-            if axis not in (-1, 1) or (start, end) != wanted or step != 1:
-                raise _OtherError(f"{name} is [{start}:{end}] of {width}", "the gate in the first half")
+            half = (0, width // 2, 1) if position == 0 else (width // 2, _END, 1)
+            parts = {half: False, (position, _END, 2): True}
+            found = parts.get((start, _END if end == width else end, step))
+            if axis not in (-1, 1) or found is None or (interleaved is not None and found is not interleaved):
+                raise _OtherError(
+                    f"{name} is [{start}:{end}:{step}] of {width}", "the gate in the first half, or at even places"
+                )
             if product is not None and source is not product:
                 raise _OtherError("gate and up are of two products", "both of one")
-            product = source
+            product, interleaved = source, found
         assert isinstance(product, Node)
+        names = {silu_mul: "silu", clamped_swiglu: "clamped_swiglu"}
         approximate = {"none": "gelu", "tanh": "gelu_tanh"}
-        return product, approximate[given["approximate"]] if "approximate" in given else "silu"
+        activation = names.get(op) or approximate[given["approximate"]]
+        more: dict[str, Any] = {name: given[name] for name in ("alpha", "limit") if name in given}
+        return product, {"activation": activation, "interleaved": interleaved, **more}
 
     def _order(self, rows: Any, ends: Any, count: Any) -> tuple[Any, Node, Node, Any]:
         """The tokens, the order of pairs, the experts of each token, and how many these are."""
@@ -173,9 +227,10 @@ class _Walk:
             raise _OtherError(f"pairs are of {list(shape)}", f"{top} of each token")
         return source
 
-    def _result(self, order: Node, top: Any) -> tuple[Node, Node]:
-        """The weighted sum, and the weights."""
-        rows, node = self.down, self._reader(self.down)
+    def _result(self, rows: Node, order: Node, top: Any) -> tuple[Node, Node]:
+        """The weighted sum of the second product's rows, and the weights."""
+        node = self._reader(rows)
+        made = rows
         if _is(node, aten.where.self) and self._unmasked(node) is rows:
             rows, node = node, self._reader(node)
         if _is(node, CAST):
@@ -201,7 +256,7 @@ class _Walk:
         _, axes, *more = self._given(total, "the sum of a token's rows", aten.sum.dim_IntList)
         if list(axes) not in ([-2], [1]) or more or total.kwargs:
             raise _OtherError(f"rows are summed over {axes}", "those of each token")
-        if total.meta["val"].dtype != self.down.meta["val"].dtype:
+        if total.meta["val"].dtype != made.meta["val"].dtype:
             total = self._take(self._reader(total), "a cast of the sum", CAST)
         return total, weights
 

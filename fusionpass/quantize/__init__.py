@@ -1,6 +1,7 @@
 """Quantising a model's linears in place, so that the passes have quantisations to fuse."""
 
 from .checkpoint import load_quantized_, save_quantized
+from .experts import QuantizedExperts
 from .linear import QuantizedLinear
 from .lower import lower_linears_
 from .model import quantize_
@@ -18,6 +19,6 @@ from .scheme import SCHEMES, LinearScheme
 
 __all__ = [
     "SCHEMES", "LinearScheme", "LowerReport", "LoweredRecord", "PackReport", "PackedRecord", "QuantizeReport",
-    "QuantizedLinear", "QuantizedRecord", "SkippedRecord", "load_quantized_", "lower_linears_", "pack_linears_",
-    "quantize_", "save_quantized",
+    "QuantizedExperts", "QuantizedLinear", "QuantizedRecord", "SkippedRecord", "load_quantized_", "lower_linears_",
+    "pack_linears_", "quantize_", "save_quantized",
 ]  # fmt: skip

@@ -5,15 +5,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from rich.progress import track
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import CalibrationError
+from ..ops.moe import gated
 from .scheme import absolute_maximum
+
+if TYPE_CHECKING:
+    from .experts import Gate
 
 Calibration = Iterable[Any] | Callable[[nn.Module], Any]
 
@@ -42,12 +47,36 @@ class _Inputs:
         storage = StorageWeakRef(x.untyped_storage())
         # Inference tensors count no versions: one written to in between is then taken for one tensor with both ranges.
         version = 0 if x.is_inference() else x._version
-        key = (storage.cdata, x.storage_offset(), x.shape, x.stride(), x.dtype, version)
+        # Tokens of one batch, and the same in a row, are one tensor.
+        lies = (x.numel(), x.shape[-1:]) if x.is_contiguous() else (x.shape, x.stride())
+        key = (storage.cdata, x.storage_offset(), *lies, x.dtype, version)
         if key not in self.numbers:
             self.numbers[key] = len(self.amax)
             self.amax.append(absolute_percentile(x, self.percentile))
             self.alive.append(storage)
         self.seen.setdefault(path, []).append(self.numbers[key])
+
+    def record_experts(
+        self, path: str, gate: "Gate", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """What both products of experts read: tokens, and for each expert what its own tokens become."""
+        x, ids = (args[i] if len(args) > i else list(kwargs.values())[i - len(args)] for i in range(2))
+        self.record(path, module, (x,), {})
+        given: Any = module
+        for expert in ids.unique().tolist():
+            if not 0 <= expert < len(given.gate_up_proj):
+                continue
+            weight = (
+                given.gate_up_proj[expert].t() if getattr(given, "is_transposed", False) else given.gate_up_proj[expert]
+            )
+            bias = given.gate_up_proj_bias[expert] if getattr(given, "has_bias", False) else None
+            made = F.linear(x[(ids == expert).any(-1)], weight, bias)
+            self.record(between(path), module, (gated(made, **vars(gate)),), {})
+
+
+def between(path: str) -> str:
+    """What stands for the input of the second product of experts at `path`."""
+    return f"{path}.down_proj"
 
 
 def absolute_percentile(x: torch.Tensor, percentile: float) -> torch.Tensor:
@@ -71,8 +100,11 @@ def calibrate(
     calibration: Calibration | None,
     progress: bool,
     percentile: float = 100.0,
+    experts: "Mapping[str, Gate] | None" = None,
 ) -> dict[str, Observed]:
-    """What each of `linears` saw while `model` ran on `calibration`, in evaluation mode and without gradients.
+    """What each of `linears`, and both products of `experts`, saw while `model` ran on `calibration`.
+
+    That is in evaluation mode and without gradients.
 
     Where `percentile` is less than 100, that of each input's magnitudes stands for their largest; over several calls
     the largest of these counts.
@@ -85,6 +117,9 @@ def calibrate(
         linear.register_forward_pre_hook(partial(inputs.record, path), with_kwargs=True)
         for path, linear in linears.items()
     ]
+    for path, gate in (experts or {}).items():
+        hook = partial(inputs.record_experts, path, gate)
+        handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
     try:
         # A model that is compiled already would not call the hooks.
         with _evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -92,10 +127,11 @@ def calibrate(
     finally:
         for handle in handles:
             handle.remove()
-    idle = [path for path in linears if path not in inputs.seen]
+    wanted = [*linears, *(name for path in experts or () for name in (path, between(path)))]
+    idle = [path for path in wanted if path not in inputs.seen]
     if idle:
         raise CalibrationError(
-            f"{len(idle)} of {len(linears)} linears never ran on the calibration data",
+            f"{len(idle)} of {len(wanted)} linears never ran on the calibration data",
             ", ".join(idle[:8]) + (", …" if len(idle) > 8 else ""),
             "Add inputs that reach them, or name them in skip",
         )

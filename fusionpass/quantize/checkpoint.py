@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from .compressed import read_linear, read_scheme, stored_names, written_linear, written_scheme
+from .experts import QuantizedExperts
 from .linear import QuantizedLinear, share_input_scales
 from .report import LoweredRecord, LowerReport, SkippedRecord
 from .scheme import LinearScheme
@@ -37,7 +38,7 @@ def save_quantized(model: nn.Module, folder: str | Path, max_shard_size: int | s
         max_shard_size: of a file, in bytes or as "5GB".
 
     Raises:
-        CheckpointError: no linear is quantised.
+        CheckpointError: no linear is quantised, or experts are.
         SchemeError: compressed-tensors' config has no words for how one is.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -46,6 +47,10 @@ def save_quantized(model: nn.Module, folder: str | Path, max_shard_size: int | s
     layers = {path: module for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     if not layers:
         raise CheckpointError("none of its linears is quantised", type(model).__name__, "Call quantize_ first")
+    packed = [path for path, module in model.named_modules() if isinstance(module, QuantizedExperts)]
+    if packed:
+        fix = "Pass skip to quantize_ for them, or save the model before"
+        raise CheckpointError("compressed-tensors has no format for experts in one tensor", packed[0], fix)
     config = _written_config(model, layers)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Linears that other libraries quantised → ours: a converter for each kind, found by its class without an import.
 
-A converter takes the module and returns a `QuantizedLinear` that holds the same codes and scales, or the reason why it
-cannot. It reads the module only.
+A converter takes the module and returns a `QuantizedLinear` or `QuantizedExperts` with the same codes and scales, or
+the reason why it cannot. It reads the module only.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,11 @@ from torch import nn
 
 from ..ops.quant.layout import swizzled_shape, unswizzled
 from .compressed import read_linear, read_scheme
+from .experts import Gate, QuantizedExperts, refuse_experts
 from .linear import QuantizedLinear
+from .select import MULTIPLE
 
-Converter = Callable[[Any], QuantizedLinear | str]
+Converter = Callable[[Any], QuantizedLinear | QuantizedExperts | str]
 E4M3 = torch.float8_e4m3fn
 CONVERTERS: dict[str, Converter] = {}
 """By `source`."""
@@ -95,6 +97,34 @@ def _finegrained(module: Any) -> QuantizedLinear | str:
     # float8_e8m0fnu scales are powers of two, exact in float32.
     scale = module.weight_scale_inv.detach().float()
     return QuantizedLinear(module.weight, scale, module.activation_scale, module.bias, f"{scheme}/{weight}")
+
+
+@_converts("transformers.FP8Experts")
+def _finegrained_experts(module: Any) -> QuantizedExperts | str:
+    if reason := refuse_experts(module):
+        return reason
+    if module.gate_up_proj.dtype != E4M3:
+        return f"its weights are {module.gate_up_proj.dtype}"
+    if module.activation_scheme == "static":
+        return "each of its experts has scales of its own for what it reads"
+    if module.block_size is None or list(module.block_size) != [128, 128]:
+        return "its weights have one scale each" if module.block_size is None else (
+            f"its blocks are {' × '.join(map(str, module.block_size))}"
+        )  # fmt: skip
+    gate = Gate.of(module)
+    if isinstance(gate, str):
+        return gate
+    tensors: dict[str, torch.Tensor | None] = {}
+    for name, source in (("up", "gate_up_proj"), ("down", "down_proj")):
+        weight, scale = getattr(module, source), getattr(module, f"{source}_scale_inv")
+        count, rows, columns = weight.shape
+        if columns % 128 or rows % MULTIPLE:
+            return f"{source} is {rows} by {columns}, no multiple of {MULTIPLE} by 128"
+        if tuple(scale.shape) != (count, -(-rows // 128), columns // 128):
+            return f"{source} has scales of {list(scale.shape)} for {list(weight.shape)}"
+        # float8_e8m0fnu scales are powers of two, exact in float32.
+        tensors |= {name: weight, f"{name}_scale": scale.detach().float()}
+    return QuantizedExperts(tensors, gate, "fp8_group128,rounding=divide")
 
 
 @_converts("torchao.Float8Tensor", "torchao.PrototypeFloat8Tensor")

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..errors import ScaleError, SchemeError
 from .converters import CONVERTERS, source
+from .experts import QuantizedExperts
 from .linear import QuantizedLinear, share_input_scales
 from .report import LoweredRecord, LowerReport, SkippedRecord
 from .select import MULTIPLE, replace
@@ -17,6 +18,8 @@ _PLAIN = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 @torch.no_grad()
 def lower_linears_(model: nn.Module) -> LowerReport:
     """Replace each linear of `model` that another library quantised by a `QuantizedLinear`, in place.
+
+    transformers' experts with FP8 weights in blocks become `QuantizedExperts`.
 
     Codes and scales stay where they are; only scales that are stored in another layout are copied. What is known:
     compressed-tensors (FP8, INT8, MXFP8, NVFP4), transformers' finegrained, compressed-tensors and fbgemm FP8,
@@ -36,7 +39,7 @@ def lower_linears_(model: nn.Module) -> LowerReport:
     for path, module in list(model.named_modules()):
         name = source(module)
         made = _reason(module, path) if name is None else _converted(module, path, name)
-        if isinstance(made, QuantizedLinear):
+        if isinstance(made, QuantizedLinear | QuantizedExperts):
             assert name is not None
             done.append((module, made.train(module.training)))
             lowered.append(LoweredRecord(path, (made.out_features, made.in_features), name, made.scheme))
@@ -49,10 +52,10 @@ def lower_linears_(model: nn.Module) -> LowerReport:
     return LowerReport(tuple(lowered), tuple(left))
 
 
-def _converted(module: Any, path: str, name: str) -> QuantizedLinear | str:
+def _converted(module: Any, path: str, name: str) -> QuantizedLinear | QuantizedExperts | str:
     if not path:
         return "it is the whole model, which cannot be replaced in place"
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear) and not name.endswith("Experts"):
         return f"it is a {type(module).__name__}, not a linear"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it carries forward hooks, which a replacement would lose"
@@ -62,7 +65,7 @@ def _converted(module: Any, path: str, name: str) -> QuantizedLinear | str:
         made = CONVERTERS[name](module)
     except (SchemeError, ScaleError) as error:
         return f"{error.where}: {error.what}"
-    if isinstance(made, str):
+    if not isinstance(made, QuantizedLinear):
         return made
     wanted = {"in_features": made.kind.multiple, "out_features": MULTIPLE}
     for size, multiple in wanted.items():
@@ -73,7 +76,7 @@ def _converted(module: Any, path: str, name: str) -> QuantizedLinear | str:
 
 def _reason(module: nn.Module, path: str) -> str | None:
     """Why a module that no converter is for is left alone; None for what is no linear and is not quantised."""
-    if isinstance(module, QuantizedLinear):
+    if isinstance(module, QuantizedLinear | QuantizedExperts):
         return f"it is quantised by {module.scheme!r} already"
     dtypes = {p.dtype for p in module._parameters.values() if p is not None}
     if isinstance(module, nn.Linear) and type(module._parameters.get("weight")) is nn.Parameter and dtypes <= _PLAIN:

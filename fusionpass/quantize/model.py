@@ -1,6 +1,6 @@
-"""`quantize_`: every linear of a model, in place."""
+"""`quantize_`: every linear of a model, and its experts, in place."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from rich.console import Console
@@ -9,11 +9,12 @@ from torch import nn
 
 from ..errors import CalibrationError, NothingToQuantizeError
 from ..ops.quant.scheme import Scheme
-from .calibrate import Calibration, Observed, calibrate
+from .calibrate import Calibration, Observed, between, calibrate
+from .experts import QuantizedExperts, select_experts
 from .linear import QuantizedLinear
 from .report import QuantizedRecord, QuantizeReport, SkippedRecord
 from .scheme import given_scale, linear_scheme, weight_given_scale
-from .select import replace, select
+from .select import replace, select, skip_rules
 
 
 def quantize_(
@@ -26,7 +27,10 @@ def quantize_(
     percentile: float = 100.0,
     progress: bool | None = None,
 ) -> QuantizeReport:
-    """Replace each `nn.Linear` of `model` by a `QuantizedLinear`, in place.
+    """Replace each `nn.Linear` of `model` by a `QuantizedLinear`, and experts by `QuantizedExperts`, in place.
+
+    Experts are transformers' modules with the weights of all of them in `gate_up_proj` and `down_proj`, in the schemes
+    that `fusionpass.ops.experts` has; where it has not, they are left alone, with the reason.
 
     `QuantizedLinear` says what each scheme makes of the input and the weight. The scale of an input is computed from
     it as the model runs; but "fp8_static" takes one that was measured, `max |t| / 448` over all the calibration data,
@@ -58,7 +62,7 @@ def quantize_(
     Raises:
         SchemeError: there is no such scheme.
         SkipError: a rule matches no module.
-        NothingToQuantizeError: no linear is left to quantise.
+        NothingToQuantizeError: no linear and no experts are left to quantise.
         CalibrationError: calibration data is missing or unusable, a linear never ran on it, or the scheme takes none.
         ScaleError: a weight or a calibrated input is not finite, or is all zeros and has one scale.
     """
@@ -69,8 +73,11 @@ def quantize_(
         raise CalibrationError(f"the percentile is {percentile}", "percentile", "It lies above 0 and up to 100")
     if percentile < 100 and not kind.calibrated:
         raise CalibrationError(f"{scheme!r} computes the scales of its inputs", "percentile", "Leave percentile out")
-    chosen, reasons = select(model, skip, tied, scheme)
-    if not chosen:
+    told = skip_rules(model, skip)
+    chosen, reasons = select(model, told, tied, scheme)
+    mixtures, others = select_experts(model, told, scheme)
+    reasons |= others
+    if not chosen and not mixtures:
         raise NothingToQuantizeError(*_nothing(model, reasons))
     console = Console(stderr=True)
     shown = console.is_terminal if progress is None else progress
@@ -78,9 +85,14 @@ def quantize_(
     weight_scales = {
         path: weight_given_scale(linear.weight, kind.weight, f"{path}.weight") for path, linear in chosen.items()
     }
-    input_scales: dict[str, nn.Parameter | None] = dict.fromkeys(chosen)
+    modules = {path: model.get_submodule(path) for path in mixtures}
+    readers = [*chosen, *(name for path in mixtures for name in (path, between(path)))]
+    input_scales: dict[str, nn.Parameter | None] = dict.fromkeys(readers)
     if kind.calibrated:
-        input_scales |= _input_scales(chosen, calibrate(model, chosen, calibration, shown, percentile), kind.input)
+        owners: dict[str, nn.Module] = {**chosen, **modules, **{between(path): m for path, m in modules.items()}}
+        devices = {path: next(owner.parameters()).device for path, owner in owners.items()}
+        observed = calibrate(model, chosen, calibration, shown, percentile, mixtures)
+        input_scales |= _input_scales(readers, observed, kind.input, devices)
 
     first: dict[nn.Parameter | None, str] = {}
     records = tuple(
@@ -93,9 +105,28 @@ def quantize_(
         )
         for path, linear in chosen.items()
     )
-    order = sorted(chosen, key=lambda path: chosen[path].weight.numel(), reverse=True)
+    records += tuple(
+        QuantizedRecord(
+            path,
+            _sizes(module),
+            None,
+            _number(scale := input_scales[path]),
+            path if scale is None else first.setdefault(scale, path),
+            len(module._parameters["down_proj"]),  # type: ignore[arg-type]
+        )
+        for path, module in modules.items()
+    )
+    everything: dict[str, nn.Module] = {**chosen, **modules}
+    chosen.clear()
+    modules.clear()
+    order = sorted(everything, key=lambda path: sum(p.numel() for p in everything[path].parameters()), reverse=True)
     for path in track(order, "quantising", console=console, disable=not shown, transient=True):
-        linear = chosen.pop(path)
+        linear = everything.pop(path)
+        if path in mixtures:
+            scales = input_scales[path], input_scales[between(path)]
+            replace(model, linear, QuantizedExperts.from_experts(linear, mixtures[path], scheme, scales))
+            continue
+        assert isinstance(linear, nn.Linear)
         replace(model, linear, QuantizedLinear.from_linear(linear, input_scales[path], weight_scales[path], scheme))
     return QuantizeReport(scheme, records, tuple(SkippedRecord(path, reason) for path, reason in reasons.items()))
 
@@ -109,21 +140,27 @@ def _nothing(model: nn.Module, reasons: dict[str, str]) -> tuple[str, str, str]:
             where,
             "Change skip, or wrap the model",
         )
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if any(isinstance(module, QuantizedLinear | QuantizedExperts) for module in model.modules()):
         return "its linears are quantised already", where, "Call quantize_ once"
     return "it holds no nn.Linear", where, "Pass a module with linears"
 
 
 def _input_scales(
-    linears: dict[str, nn.Linear], observed: dict[str, Observed], kind: Scheme
+    readers: Iterable[str], observed: dict[str, Observed], kind: Scheme, devices: Mapping[str, torch.device]
 ) -> dict[str, nn.Parameter]:
     shared: dict[tuple[int, ...], nn.Parameter] = {}
-    for path, linear in linears.items():
+    for path in readers:
         seen = observed[path]
         if seen.inputs not in shared:
-            amax = torch.tensor(seen.amax, device=linear.weight.device)
+            amax = torch.tensor(seen.amax, device=devices[path])
             shared[seen.inputs] = nn.Parameter(given_scale(amax, kind, f"{path} (its input)"), requires_grad=False)
-    return {path: shared[observed[path].inputs] for path in linears}
+    return {path: shared[observed[path].inputs] for path in readers}
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """The rows and the columns of the first weight of an expert."""
+    rows, columns = module._parameters["gate_up_proj"].shape[1:]  # type: ignore[union-attr]
+    return (columns, rows) if getattr(module, "is_transposed", False) else (rows, columns)
 
 
 def _number(scale: torch.Tensor | None) -> float | None:

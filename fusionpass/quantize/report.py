@@ -7,15 +7,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class QuantizedRecord:
-    """A linear that was quantised.
+    """A linear, or experts, that were quantised.
 
     Attributes:
         where: its module path.
-        shape: (out_features, in_features).
+        shape: (out_features, in_features); of experts, those of the first product of each.
         weight_scale, input_scale: the one given scale of the weight and of the input; None where the scheme computes
             scales and takes none.
         shares: path of the first linear that holds the same input scale, since it reads the same tensor; may be its
             own, and is where there is none.
+        experts: how many there are; 0: it is a linear.
     """
 
     where: str
@@ -23,6 +24,7 @@ class QuantizedRecord:
     weight_scale: float | None
     input_scale: float | None
     shares: str
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ class QuantizeReport:
     def __str__(self) -> str:
         given = {record.shares for record in self.quantized if record.input_scale is not None}
         between = f", with {len(given)} input scales between them" if given else ""
-        lines = [f"{self.scheme}: {len(self.quantized)} linears quantised{between}"]
+        mixtures = sum(q.experts > 0 for q in self.quantized)
+        beside = f" and {mixtures} mixtures of experts" if mixtures else ""
+        lines = [f"{self.scheme}: {len(self.quantized) - mixtures} linears{beside} quantised{between}"]
         paths = [q.where for q in self.quantized] + [s.where for s in self.skipped]
         width = max(map(len, paths), default=0)
         for q in self.quantized:
             scales = {"weight": q.weight_scale, "input": q.input_scale}
-            told = [f"{q.shape[1]} → {q.shape[0]}"]
+            told = [(f"{q.experts} experts of " if q.experts else "") + f"{q.shape[1]} → {q.shape[0]}"]
             told += [f"{name} scale {scale:.4g}" for name, scale in scales.items() if scale is not None]
             shared = f", shared with {q.shares}" if q.shares != q.where else ""
             lines.append(f"  {q.where:<{width}}  {', '.join(told)}{shared}")

@@ -62,10 +62,8 @@ def packs(
                 yield [f"{parent}.{name}".removeprefix(".") for name in names]
 
 
-def select(
-    model: nn.Module, skip: Iterable[str], tied: bool, scheme: str
-) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """The linears to quantise by path, and the reason for each that is left alone.
+def skip_rules(model: nn.Module, skip: str | Iterable[str]) -> dict[str, str]:
+    """The rules for what is left alone, the model's own among them, and what is said of each.
 
     Raises:
         SkipError: a rule of `skip` matches no module.
@@ -77,8 +75,13 @@ def select(
             names = {segment for path in paths for segment in path.split(".") if not segment.isdecimal()}
             raise SkipError(f"the rule {rule!r} matches no module", "skip", nearest(rule, names))
     told = {rule: f"skipped by {rule!r} in the model's quantization_config" for rule in config_rules(model)}
-    told |= {rule: f"skipped by the rule {rule!r}" for rule in rules}
+    return told | {rule: f"skipped by the rule {rule!r}" for rule in rules}
 
+
+def select(
+    model: nn.Module, told: Mapping[str, str], tied: bool, scheme: str
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """The linears to quantise by path, and the reason for each that is left alone; `told` as `skip_rules` gives it."""
     owners: dict[int, set[str]] = defaultdict(set)
     for path, module in model.named_modules():
         for parameter in module._parameters.values():

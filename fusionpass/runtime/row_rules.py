@@ -258,7 +258,7 @@ _TABLE: tuple[tuple[Rule, str], ...] = (
 RULES: dict[Any, Rule] = {
     torch.ops.prims.rev: _along,
     # Sorted by expert inside, and each pair on its own.
-    experts.overload.overloadpacket: _product("tk", x="tk", ids="tk", weights="tk"),
+    experts.overload.overloadpacket: _product("tk", x="tk", ids="tk", weights="tk", x_scales="tk"),
     **{getattr(aten, name): rule for rule, names in _TABLE for name in names.split() if hasattr(aten, name)},
 }
 """Beside ops that torch marks as pointwise, and those that are made of others."""

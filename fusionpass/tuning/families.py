@@ -16,6 +16,7 @@ from ..ops.moe import weight_scheme
 from ..ops.quant import sample_scale
 from ..ops.quant.scheme import SCHEMES, Scheme
 from . import models, rows
+from .heads import HEADS
 from .tunable import Footprint, Key, Tunable
 
 INPUTS = {"fp8_w8a8": "fp8_group128", "int8_w8a8": "int8_group128", "mxfp8": "mxfp8", "nvfp4": "nvfp4"}
@@ -171,6 +172,40 @@ def _mixture_footprint(arch: Arch, key: Key, m: int, cut: blocks_triton.Cut) -> 
     return Footprint(cut.stages * (cut.rows + 2 * cut.columns) * cut.depth * size, held + 40, cut.warps)
 
 
+def _down_space(arch: Arch, key: Key) -> Iterator[blocks_triton.Cut]:
+    size = 2 if key.get("dtype") is None else 1
+    shapes = itertools.product((16, 32, 64, 128), (32, 64, 128, 256), (64 // size, 128 // size, 256 // size), (1, 8))
+    for (tall, wide, deep, grouped), warps, stages in itertools.product(shapes, (4, 8), (3, 4)):
+        yield blocks_triton.Cut(tall, wide, deep, 1, grouped, warps, stages)
+
+
+def _down_footprint(arch: Arch, key: Key, m: int, cut: blocks_triton.Cut) -> Footprint | str:
+    size = 2 if key.get("dtype") is None else 1
+    first = key.get("first") or {}
+    tall = first.get("BLOCK_SIZE_M") or moe.configure(arch, m * key["top"], key["E"], key["N"], size).rows
+    if cut.rows != tall:
+        return f"rows: the first product takes {tall} a block, and both share their order"
+    each = -(-m * key["top"] // key["E"])
+    if (cut.grouped > 1) != (each > cut.rows):
+        return "grouped: blocks of rows share their weight where an expert has several"
+    sums = 2 if key.get("block_shape") is not None else 1
+    held = sums * cut.rows * cut.columns // (cut.warps * arch.warp_size)
+    if held < 8:
+        return "warps: less than 8 sums for each thread"
+    return Footprint(cut.stages * (cut.rows + cut.columns) * cut.depth * size, held + 40, cut.warps)
+
+
+def _down_others(key: Key) -> Iterator[tuple[Key, Mapping[str, Any]]]:
+    """The first product's table, which is followed while the second is tuned."""
+    if key.get("first"):
+        yield {name: v for name, v in key.items() if name not in ("hidden", "top", "first", "down")}, key["first"]
+
+
+def _downs(model: models.Model | models.Sizes, scheme: str) -> Iterator[tuple[str, Key]]:
+    for name, key in _mixtures(model, scheme):
+        yield f"{name}, down", {**key, "down": True}
+
+
 def _mixture_work(key: Key, m: int) -> tuple[float, float]:
     size = {None: 2.0, "nvfp4": 0.5}.get(key.get("dtype"), 1.0)
     each = 3.0 * key["hidden"] * key["N"]
@@ -241,6 +276,8 @@ def _mixtures(model: models.Model | models.Sizes, scheme: str) -> Iterator[tuple
         yield "experts", {**key, **own}
 
 
+DOWN = "experts_down"
+"""The second product of a mixture: a search of its own, whose tables are those of `experts` that end in `_down`."""
 _OPS = {op.name: op for op in OPS.values()}
 TUNABLES: dict[str, Tunable] = {
     **{name: _by_row(_OPS[name]) for name in ROWS},
@@ -255,5 +292,10 @@ TUNABLES: dict[str, Tunable] = {
         "experts", experts, _mixture, _mixture_space, _mixture_footprint, _mixture_work, _mixtures,
         exact=_exact_mixture, error=0.05, unnamed=("hidden", "top", "down"),
     ),
+    DOWN: Tunable(
+        "experts", experts, _mixture, _down_space, _down_footprint, _mixture_work, _downs,
+        exact=_exact_mixture, error=0.05, unnamed=("hidden", "top", "first"), others=_down_others,
+    ),
+    **HEADS,
 }  # fmt: skip
-"""By the name of their tables."""
+"""By what `--op` calls them: the name of their tables, but for `DOWN`."""

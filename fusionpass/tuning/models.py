@@ -25,6 +25,7 @@ class Model:
         latent: of DeepSeek's attention, columns of what queries, and keys and values, are made from, those that rotate,
             those that do not, and those of values; None: it is not of that kind.
         dense: columns between the products of a dense MLP beside the shared experts'; 0: there is none.
+        qk_norm: whether queries and keys are normalised by the head.
     """
 
     hidden: int
@@ -37,6 +38,7 @@ class Model:
     expert_inner: int = 0
     latent: tuple[int, int, int, int, int] | None = None
     dense: int = 0
+    qk_norm: bool = False
 
     @property
     def width(self) -> int:
@@ -90,6 +92,7 @@ class Model:
             share("moe_intermediate_size", expert),
             latent,  # type: ignore[arg-type]
             share("intermediate_size", inner) if some_dense else 0,
+            str(given.get("model_type", "")).startswith(_QK_NORM),
         )
 
     def products(self) -> Iterator[tuple[str, int, int]]:
@@ -149,6 +152,8 @@ class Sizes:
             yield "product", self.n, self.k
 
 
+_QK_NORM = ("qwen3", "gemma3")
+"""The beginnings of `model_type` whose configurations do not say that queries and keys have a norm for each head."""
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 
 

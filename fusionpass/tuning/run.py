@@ -39,6 +39,7 @@ class Task:
         budget: seconds of the whole run; inf: no limit.
         resume: leave out what failed before.
         facts: what each record says of where it was measured.
+        most: configurations of each size that are tried beside the rule; None: all.
     """
 
     queue: Queue
@@ -49,6 +50,7 @@ class Task:
     budget: float = math.inf
     resume: bool = False
     facts: Mapping[str, str] | None = None
+    most: int | None = None
 
     def name(self, job: Job) -> Name:
         """The table that a job adds to."""
@@ -58,30 +60,43 @@ class Task:
         """What there is to time, but for what failed before, where the run is a continued one."""
         path = self.folder / self.name(job).path
         before = measured(path).get(job.m, {}).get("failed", {}) if self.resume else {}
-        return candidates(job, self.arch, self.seed, before)
+        return candidates(job, self.arch, self.seed, before, self.most)
 
 
 def table_of(job: Job, device: str) -> Name:
     """The table that a job adds to."""
-    return Name.of(job.table, job.tunable.named(job.key), device)
+    return Name.of(job.tunable.table, job.tunable.named(job.key), device)
 
 
-def done(folder: Path, name: Name) -> set[int]:
-    """The numbers of rows that need not be tuned again: entries whose every configuration was tried."""
+def done(folder: Path, name: Name, most: int | None = None) -> set[int]:
+    """The numbers of rows that need not be tuned again: entries whose every configuration was tried, or `most`."""
     path = folder / name.path
     if not path.exists():
         return set()
     entries, records = read(path)[0], measured(path)
-    return {m for m in entries if m in records and not records[m].get("not_tried")}
+
+    def complete(record: Mapping[str, Any]) -> bool:
+        tried = record.get("tried", 0) + len(record.get("failed", ()))
+        return not record.get("not_tried") and (not record.get("left") or (most is not None and tried > most))
+
+    return {m for m in entries if m in records and complete(records[m])}
 
 
-def cost(job: Job, arch: Arch) -> float:
+def cost(job: Job, arch: Arch, most: int | None = None) -> float:
     """Seconds that a whole job takes, by estimate."""
-    return seconds(len(candidates(job, arch).kept), job.tunable.estimate(job.key, job.m))
+    return seconds(len(candidates(job, arch, most=most).kept), job.tunable.estimate(job.key, job.m))
 
 
 def prepare(
-    jobs: Sequence[Job], arch: Arch, device: str, folder: Path, gpus: int, shuffle: int | None, resume: bool
+    jobs: Sequence[Job],
+    arch: Arch,
+    device: str,
+    folder: Path,
+    gpus: int,
+    shuffle: int | None,
+    resume: bool,
+    as_given: bool = False,
+    most: int | None = None,
 ) -> Queue:
     """The queue of what is left to do.
 
@@ -89,9 +104,11 @@ def prepare(
         TuningError: no kernel runs one of the jobs.
     """
     names = [table_of(job, device) for job in jobs]
-    known = {name: done(folder, name) for name in names} if resume else {}
+    known = {name: done(folder, name, most) for name in names} if resume else {}
     left = [job for job, name in zip(jobs, names, strict=True) if job.m not in known.get(name, ())]
-    return arrange(left, [cost(job, arch) for job in left], gpus, shuffle)
+    # In the order that was given nobody asks how long each takes, which takes a while to find out.
+    costs = [job.tunable.estimate(job.key, job.m) if as_given else cost(job, arch, most) for job in left]
+    return arrange(left, costs, gpus, shuffle, as_given)
 
 
 def work(task: Task, store: Any, bench: Bench, rank: int = 0, told: Callable[[str], object] = lambda line: None) -> int:

@@ -31,7 +31,9 @@ class Queue:
     costs: tuple[float, ...]
 
 
-def arrange(jobs: Sequence[Job], costs: Sequence[float], gpus: int, shuffle: int | None = None) -> Queue:
+def arrange(
+    jobs: Sequence[Job], costs: Sequence[float], gpus: int, shuffle: int | None = None, as_given: bool = False
+) -> Queue:
     """The queue for so many GPUs; the arguments stay as they are.
 
     Args:
@@ -39,6 +41,7 @@ def arrange(jobs: Sequence[Job], costs: Sequence[float], gpus: int, shuffle: int
         costs: seconds of each, by estimate.
         gpus: how many take from the queue. Where jobs are fewer, their configurations are shared.
         shuffle: the seed of a random order; None: the longest first, those of one length as they came.
+        as_given: leave them as they came: those that matter most are done first, whatever time there is.
     """
     parts = -(-gpus // len(jobs)) if jobs else 1
     shared = [
@@ -46,6 +49,8 @@ def arrange(jobs: Sequence[Job], costs: Sequence[float], gpus: int, shuffle: int
         for job, cost in zip(jobs, costs, strict=True)
         for part in range(parts)
     ]
+    if as_given:
+        return Queue(tuple(job for job, _ in shared), tuple(cost for _, cost in shared))
     if shuffle is None:
         shared.sort(key=lambda pair: -pair[1])
     else:

@@ -31,7 +31,7 @@ class Job:
     """A number of rows of a table, or a share of its configurations.
 
     Args:
-        table: a name in `TUNABLES`.
+        table: a name in `TUNABLES`, most often that of the tables, too.
         key: what the table is for.
         m: the number of rows.
         dtype: of what is not codes, by name.
@@ -71,14 +71,16 @@ class Candidates:
         rule: the kernel's own choice, which is the first of `kept`.
         kept: in the order in which they are timed.
         pruned: why the rest is not, by the first word or two of the reason, and how many each.
+        left: how many more there are than were asked for.
     """
 
     rule: Any
     kept: tuple[Any, ...]
     pruned: Mapping[str, int]
+    left: int = 0
 
 
-def candidates(job: Job, arch: Arch, seed: int = 0, failed: Iterable[str] = ()) -> Candidates:
+def candidates(job: Job, arch: Arch, seed: int = 0, failed: Iterable[str] = (), most: int | None = None) -> Candidates:
     """Every configuration, the rule first and the rest in an order that `seed` draws: time may end anywhere.
 
     Args:
@@ -86,6 +88,7 @@ def candidates(job: Job, arch: Arch, seed: int = 0, failed: Iterable[str] = ()) 
         arch: the target.
         seed: of the order.
         failed: labels of those that failed before, and are left out.
+        most: how many are kept beside the rule, those that `seed` draws; None: all.
 
     Raises:
         TuningError: no kernel runs this there.
@@ -102,7 +105,8 @@ def candidates(job: Job, arch: Arch, seed: int = 0, failed: Iterable[str] = ()) 
         elif cut != rule:
             kept.append(cut)
     random.Random(seed).shuffle(kept)
-    return Candidates(rule, (rule, *kept), dict(pruned))
+    tried = kept if most is None else kept[:most]
+    return Candidates(rule, (rule, *tried), dict(pruned), len(kept) - len(tried))
 
 
 def label(cut: Any) -> str:
@@ -258,7 +262,7 @@ def settle(
     failed = functools.reduce(lambda all, one: all | one.failed, surveys, dict[str, str]())
     record: dict[str, Any] = {
         "tried": len(times), "pruned": dict(found.pruned), "failed": failed,
-        "not_tried": sum(one.not_tried for one in surveys),
+        "not_tried": sum(one.not_tried for one in surveys), **({"left": found.left} if found.left else {}),
     }  # fmt: skip
     if not times:
         return {}, record

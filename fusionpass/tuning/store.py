@@ -6,7 +6,7 @@ Files are read when a launch is planned, never at import and never while Dynamo 
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from .names import from_file, warn_once
 C = TypeVar("C")
 
 STAND_IN = {"sm_90": "NVIDIA_H100_80GB_HBM3"}
-"""The device whose tables serve a target where its own device has none, or is not here."""
+"""The device whose tables serve a target where its own device has none, or is not here; see `stand_in`."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def choose(
     if found is None or found.entry == {}:
         return rule
     if found.entry is None:
-        return _slower(found)
+        # What else is faster was measured on that device; elsewhere nothing is known of it.
+        return _slower(found) if device_here() in (None, found.table.device) else rule
     cut = from_file(rule, found.entry, str(found.path))
     if refuse is not None and (reason := refuse(cut)):
         warn_once(f"{found.path}: the entry of {found.m} is left out: {reason}")
@@ -92,7 +93,14 @@ def choose(
 
 
 def find(
-    op: str, key: Mapping[str, object], arch: Arch, m: int, *, near: str = "", reach: float = math.inf
+    op: str,
+    key: Mapping[str, object],
+    arch: Arch,
+    m: int,
+    *,
+    near: str = "",
+    reach: float = math.inf,
+    folder: Path | None = None,
 ) -> Found | None:
     """The entry for `m` rows, of the nearest number that was measured: of two as near the larger, whose tile holds `m`.
 
@@ -107,10 +115,12 @@ def find(
         near: a field, of numbers, in which a table may differ, if the next power of two above is the same: the nearest
             such table, of two the smaller.
         reach: an entry does not stand for numbers of rows that differ from its own by more than this factor.
+        folder: the user's tables, where they are not those that the environment names.
     """
     for device in _devices(arch):
         name = Name.of(op, key, device)
-        tables = {**_index(_shipped()), **_index(config_dir())}.get((op, device), {})
+        shipped, own = _index(_shipped()), _index(folder or config_dir())
+        tables = {**shipped.get((op, device), {}), **own.get((op, device), {})}
         chosen = _nearest(tables, name.key, near)
         if chosen is None:
             continue
@@ -143,17 +153,19 @@ class Imposed:
         key: likewise.
         cut: the answer; None: the rule.
         rule: what the plan would have chosen, once it asked.
+        others: entries of other tables, by their keys, which the plan is to follow meanwhile.
     """
 
     op: str
     key: frozenset[tuple[str, str]]
     cut: Any
     rule: Any = field(default=None)
+    others: Mapping[frozenset[tuple[str, str]], Mapping[str, Any]] = field(default_factory=dict)
 
     def answer(self, rule: C, key: frozenset[tuple[str, str]], op: str, refuse: Any) -> C | str:
-        """What `choose` returns: a kernel that asks for another table has its own rule."""
+        """What `choose` returns: a kernel that asks for another table has its own rule, but for `others`."""
         if (op, key) != (self.op, self.key):
-            return rule
+            return from_file(rule, self.others[key], op) if op == self.op and key in self.others else rule
         self.rule = rule
         if self.cut is None:
             return rule
@@ -167,13 +179,17 @@ _imposed: ContextVar[Imposed | None] = ContextVar("imposed", default=None)
 
 
 @contextmanager
-def imposing(op: str, key: Mapping[str, object], cut: Any) -> Iterator[Imposed]:
+def imposing(
+    op: str, key: Mapping[str, object], cut: Any, others: Iterable[tuple[Mapping[str, object], Mapping[str, Any]]] = ()
+) -> Iterator[Imposed]:
     """Plans take `cut` where they ask for this table, and their own rule elsewhere; None: everywhere.
+
+    `others`: keys of tables by the same name, and the entries that plans take of them.
 
     Raises:
         TuningError: no plan asked for it: then its table would never be read.
     """
-    given = Imposed(op, Name.of(op, key, "").key, cut)
+    given = Imposed(op, Name.of(op, key, "").key, cut, others={Name.of(op, k, "").key: entry for k, entry in others})
     token = _imposed.set(given)
     try:
         yield given
@@ -184,11 +200,40 @@ def imposing(op: str, key: Mapping[str, object], cut: Any) -> Iterator[Imposed]:
         raise TuningError(f"no plan asks for {asked}", op, "Compare the key with that of the plan's choose()")
 
 
+def stand_in(arch: Arch, here: str | None, multiprocessors: int | None) -> tuple[str | None, str]:
+    """The device whose tables serve `arch` where its own device has none, or None; and why.
+
+    A configuration is as good on another device as both are alike in what it depends on: what a program may have of a
+    multiprocessor, which the target says, and how many of these there are, which decides how a product is split and how
+    many programs are worth having. An H200 differs from an H100 by its memory alone. How fast other libraries are is
+    not among that: see `choose` for entries that are null.
+
+    Args:
+        arch: the target.
+        here: the device of that target in this process, as tables have it; None: there is none.
+        multiprocessors: of that device.
+    """
+    device = STAND_IN.get(arch.name)
+    if device is None:
+        return None, f"there are no tables of another device for {arch.name}"
+    if here is None:
+        return device, f"no device of {arch.name} is here: {device} stands for the target"
+    if here == device:
+        return None, f"{here} has tables of its own"
+    if multiprocessors != arch.multiprocessors:
+        return None, f"{here} has {multiprocessors} multiprocessors, {device} {arch.multiprocessors}"
+    return device, f"{here} has {multiprocessors} multiprocessors of the same kind, as {device}"
+
+
 def device_here() -> str | None:
     """The name of the current device, as tables have it; None where this process uses none."""
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
     return _device_name(torch.cuda.current_device())
+
+
+def _multiprocessors_here() -> int:
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
 
 @functools.cache
@@ -198,10 +243,13 @@ def _device_name(index: int) -> str:
 
 def _devices(arch: Arch) -> Iterator[str]:
     here = device_here()
-    if here is not None and Arch.of(torch.device("cuda")) == arch:
+    if here is not None and Arch.of(torch.device("cuda")) != arch:
+        here = None
+    if here is not None:
         yield here
-    if STAND_IN.get(arch.name) not in (None, here):
-        yield STAND_IN[arch.name]
+    other = stand_in(arch, here, None if here is None else _multiprocessors_here())[0]
+    if other is not None:
+        yield other
 
 
 def _shipped() -> Any:

@@ -1,6 +1,6 @@
 """What a kernel must say of itself to be tuned."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ class Tunable:
         exact: `exact(arguments)`: the first output in float64, where the reference is no float64 oracle by itself.
         error: how far from `exact` an output may be: the norm of the difference to the norm.
         unnamed: parts of a key that arguments are made from, and that its tables do not tell apart.
+        others: `others(key)`: keys of tables by the same name that the plan asks for, too, and entries that it follows.
     """
 
     table: str
@@ -70,6 +71,7 @@ class Tunable:
     exact: Callable[[Mapping[str, Any]], torch.Tensor] | None = None
     error: float = 4e-3
     unnamed: tuple[str, ...] = ()
+    others: Callable[[Key], Iterable[tuple[Key, Mapping[str, Any]]]] = lambda key: ()
 
     def named(self, key: Key) -> Key:
         """What its table is named by."""
@@ -87,7 +89,7 @@ class Tunable:
         Raises:
             TuningError: no kernel runs this, or none so cut; or its plan asks for another table.
         """
-        with store.imposing(self.table, self.named(key), cut) as given:
+        with store.imposing(self.table, self.named(key), cut, self.others(key)) as given:
             others = frozenset(backend.name for backend in self.op.backends) - {"triton"}
             launch, reason = self.op.plan(arch, self.op.bind((), arguments), others)
             if not isinstance(launch, Launch):

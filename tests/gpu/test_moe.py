@@ -14,7 +14,7 @@ from fusionpass.ops import experts
 pytest.importorskip("triton")
 from fusionpass.ops.gemm.blocks_triton import Cut
 from tests.families import FAMILIES
-from tests.moe import SCHEMES, check_mixture, mixture
+from tests.moe import SCHEMES, check_mixture, coded, mixture
 
 DEVICE = torch.device("cuda")
 
@@ -26,9 +26,10 @@ def test_drawn_sizes_and_cuts(data: st.DataObject) -> None:
     scheme = data.draw(st.sampled_from(SCHEMES))
     unit = 128 if scheme else 8
     sizes = [unit * data.draw(st.integers(1, 400 // unit)) for _ in range(2)]
-    arguments = mixture(
-        data.draw(st.integers(1, 60)), *sizes, count, data.draw(st.integers(1, min(count, 8))), scheme, device="cuda"
-    )
+    choices = data.draw(st.integers(1, min(count, 8)))
+    more = {name: data.draw(st.booleans()) for name in ("bias", "transposed", "interleaved")}
+    more["activation"] = data.draw(st.sampled_from(["silu", "gelu", "clamped_swiglu"]))
+    arguments = mixture(data.draw(st.integers(1, 60)), *sizes, count, choices, scheme, device="cuda", **more)
     ids = arguments["ids"]
     ids[torch.rand(ids.shape, device="cuda") < data.draw(st.sampled_from([0.0, 0.2]))] = -1
     cuts = None
@@ -50,6 +51,21 @@ def test_shapes_of_models(shape: tuple[int, int, int, int], tokens: int, scheme:
         # PyTorch's products are of bfloat16, to which weights of nvfp4 have to be rounded: other codes come of that.
         expected = experts.reference(**arguments).double()
         assert (got - expected).norm() / expected.norm() < (0.02 if scheme else 5e-3)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("tokens", [1, 33, 600])
+def test_shapes_of_gpt_oss(tokens: int, scheme: str) -> None:
+    """Biases, and gate and up side by side; 2944 columns where there are groups, of which 2880 is no multiple."""
+    wide = 2944 if scheme else 2880
+    given = {"bias": True, "transposed": True, "interleaved": True, "activation": "clamped_swiglu"}
+    check_mixture(Arch.of(DEVICE), mixture(tokens, wide, wide, 32, 4, scheme, device="cuda", **given))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[1:])
+@pytest.mark.parametrize("tokens", [1, 33, 600])
+def test_codes(tokens: int, scheme: str) -> None:
+    check_mixture(Arch.of(DEVICE), coded(mixture(tokens, 2048, 768, 64, 8, scheme, device="cuda")))
 
 
 def test_the_same_each_time() -> None:
@@ -75,10 +91,11 @@ def test_in_a_graph_with_other_choices() -> None:
         assert torch.equal(out, experts(**static))
 
 
-def test_a_model_of_transformers() -> None:
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "GPT-OSS"])
+def test_a_model_of_transformers(name: str) -> None:
     """Its experts become the kernels, and the logits are eager's but for roundings that sums in another order move."""
     pytest.importorskip("transformers")
-    (family,) = [one for one in FAMILIES if one.name == "Qwen3-MoE"]
+    (family,) = [one for one in FAMILIES if one.name == name]
     model, inputs = family.build()
     model, inputs = model.cuda().eval(), {**inputs, "input_ids": inputs["input_ids"].cuda()}
     compiled = fusionpass.compile(model, cache=False)
@@ -88,3 +105,23 @@ def test_a_model_of_transformers() -> None:
     assert [record.backend for record in found] == ["triton"] * 2
     difference = (got.logits.double() - expected.logits.double()).norm()
     assert difference <= 0.03 * expected.logits.double().norm()
+
+
+@pytest.mark.parametrize("scheme", ["fp8_static", "fp8_group128", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "GPT-OSS"])
+def test_a_quantised_model(name: str, scheme: str) -> None:
+    """Compiled, it computes what it does in eager mode: experts' codes come from the norm, and go to the kernels."""
+    pytest.importorskip("transformers")
+    (family,) = [one for one in FAMILIES if one.name == name]
+    model, inputs = family.build()
+    model, inputs = model.cuda().eval(), {**inputs, "input_ids": inputs["input_ids"].cuda()}
+    data = [inputs] if scheme in ("fp8_static", "nvfp4") else None
+    fusionpass.quantize_(model, scheme, data, skip="lm_head")
+    with torch.no_grad():
+        expected = model(**inputs).logits.double()
+        compiled = fusionpass.compile(model, cache=False)
+        got = compiled(**inputs).logits.double()
+    found = [record for record in fusionpass.report(compiled).fused if record.op == "experts"]
+    assert [record.backend for record in found] == ["triton"] * 2
+    # Codes on either side of a rounding are a step apart, and so are experts chosen by nearly equal scores.
+    assert (got - expected).norm() <= 0.1 * expected.norm()

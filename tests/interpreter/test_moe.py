@@ -12,7 +12,7 @@ from fusionpass.arch import Arch
 from fusionpass.launch import Empty, Launch
 from fusionpass.ops import experts
 from fusionpass.ops.gemm.blocks_triton import Cut
-from tests.moe import SCHEMES, check_mixture, mixture
+from tests.moe import SCHEMES, check_mixture, coded, mixture
 
 # No programmatic dependent launch in these: the interpreter has no grids to wait for.
 ARCH = Arch("sm_89")
@@ -30,6 +30,18 @@ def test_as_planned(tokens: int, top: int, scheme: str) -> None:
     check(mixture(tokens, 256, 128, top=top, scheme=scheme, dtype=torch.float16))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_biases_and_interleaved_rows(scheme: str) -> None:
+    given = {"activation": "clamped_swiglu", "interleaved": True, "bias": True, "limit": 1.25, "alpha": 1.5}
+    check(mixture(9, 256, 128, top=3, scheme=scheme, dtype=torch.float16, transposed=not scheme, **given))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[1:])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_codes(tokens: int, scheme: str) -> None:
+    check(coded(mixture(tokens, 256, 128, top=3, scheme=scheme, dtype=torch.float16)))
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_drawn_sizes_and_cuts(data: st.DataObject) -> None:
@@ -41,7 +53,10 @@ def test_drawn_sizes_and_cuts(data: st.DataObject) -> None:
         count,
         data.draw(st.integers(1, min(count, 4))),
         dtype=torch.float16,
-        activation=data.draw(st.sampled_from(["silu", "gelu"])),
+        activation=data.draw(st.sampled_from(["silu", "gelu", "clamped_swiglu"])),
+        bias=data.draw(st.booleans()),
+        transposed=data.draw(st.booleans()),
+        interleaved=data.draw(st.booleans()),
     )
     if data.draw(st.booleans()):
         arguments["weights"] = arguments["weights"].float()

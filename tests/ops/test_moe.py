@@ -21,7 +21,7 @@ from fusionpass.ops import experts
 from fusionpass.session import Session
 from fusionpass.tuning.store import forget
 from tests.fake_gpu import codegen, needs_cuda_build
-from tests.moe import SCHEMES, exact, mixture
+from tests.moe import SCHEMES, coded, exact, mixture
 
 pytest.importorskip("triton")
 from fusionpass.ops.gemm.blocks_triton import Cut
@@ -29,6 +29,7 @@ from fusionpass.ops.moe.triton import CutWarning, blocks_of, configure, resolve
 
 H100 = Arch("sm_90")
 INSIDE = ["align", "block", "block", "combine"]
+CODED = ["align", "block", "quantize", "block", "combine"]
 QUANTISED = ["align", "quantize", "block", "quantize", "block", "combine"]
 
 
@@ -43,6 +44,50 @@ def test_the_reference(tokens: int, top: int, scheme: str, activation: str) -> N
     assert (got.shape, got.dtype) == (arguments["x"].shape, torch.bfloat16)
     assert (got.double() - expected).norm() / expected.norm() < (0.02 if scheme else 5e-3)
     assert ((got.double() - expected).abs() <= (0.5 if scheme == "nvfp4" else 0.125 if scheme else 2**-7) * terms).all()
+
+
+GPT_OSS: dict[str, Any] = {"bias": True, "activation": "clamped_swiglu", "interleaved": True}
+"""What its experts have that others do not."""
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_reference_with_biases_and_interleaved_rows(scheme: str) -> None:
+    arguments = mixture(7, 256, 128, top=3, scheme=scheme, transposed=not scheme, **GPT_OSS, alpha=1.5, limit=1.25)
+    arguments["ids"][0, 0] = 99
+    got, (expected, terms) = experts(**arguments), exact(arguments)
+    assert (got.double() - expected).norm() / expected.norm() < (0.02 if scheme else 5e-3)
+    assert ((got.double() - expected).abs() <= (0.5 if scheme == "nvfp4" else 0.125 if scheme else 2**-7) * terms).all()
+    for name, other in (("alpha", 1.0), ("limit", 7.0), ("interleaved", False), ("up_bias", None), ("down_bias", None)):
+        wrong = experts(**{**arguments, name: other}).double()
+        assert (wrong - expected).norm() / expected.norm() > 0.02, name
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[1:])
+def test_codes(scheme: str) -> None:
+    arguments = mixture(7, 256, 128, top=3, scheme=scheme)
+    assert torch.equal(experts(**coded(arguments)), experts(**arguments))
+    launches = plan(coded(arguments))[0].all
+    assert [part.kernel.fn.__name__ for part in launches] == [f"{name}_kernel" for name in CODED]
+    with pytest.raises(ArgumentError, match=r"Pass one of .*bfloat16.* with codes, and else none"):
+        experts(**{**coded(arguments), "out_dtype": ""})
+    with pytest.raises(ArgumentError, match=r"x_scales is .* Pass .* here|x_scales is"):
+        experts(**{**coded(arguments), "x_scales": torch.ones(7, 99)})
+    with pytest.raises(ArgumentError, match="out_dtype 'bfloat16'"):
+        experts(**{**arguments, "out_dtype": "bfloat16"})
+
+
+@pytest.mark.parametrize("scheme", ["mxfp8,layout=swizzled", "fp8_group128,layout=column_major"])
+def test_scales_in_another_order(scheme: str) -> None:
+    with pytest.raises(ArgumentError, match="Pass a scheme with linear ones"):
+        experts(**{**mixture(7, 256, 128, scheme=scheme.partition(",")[0]), "x_scheme": scheme})
+
+
+def test_another_rounding() -> None:
+    arguments = mixture(7, 256, 128, scheme="fp8_group128")
+    divided = {**arguments, "x_scheme": "fp8_group128,rounding=divide"}
+    expected = exact(divided)[0]
+    assert (experts(**divided).double() - expected).norm() < 0.02 * expected.norm()
+    assert isinstance(plan(divided)[0], Launch)
 
 
 def test_no_token_and_no_expert_of_any() -> None:
@@ -87,6 +132,8 @@ def test_compiled_whole() -> None:
         ("", {"ids": torch.zeros(3, 2)}, r"ids are torch.float32 \(3, 2\)"),
         ("", {"weights": torch.zeros(3, 3)}, r"weights \(3, 3\)"),
         ("", {"x_scale": torch.ones(())}, "there are scales and no scheme"),
+        ("", {"up_bias": torch.zeros(6, 128)}, r"up_bias is torch.float32 \(6, 128\).*each of \[6, 256\]"),
+        ("", {"down_bias": torch.zeros(6, 128).int()}, "down_bias is torch.int32"),
         ("mxfp8", {"up_scale": None}, r"up_scale is None.*has \[6, 256, 4\]"),
         ("fp8_group128", {"down_scale": torch.ones(6, 1)}, r"down_scale is \(6, 1\).*has \[6, 1, 1\]"),
         ("fp8_static", {"hidden_scale": None}, "hidden_scale does not fit.*takes one element"),
@@ -118,8 +165,20 @@ def test_what_the_kernels_refuse() -> None:
     assert "192" in plan({**grouped, **odd})[1]
     odd = {"up": torch.zeros(6, 384, 128).to(torch.float8_e4m3fn), "down": odd["up"][:, :128]}
     assert "192" in plan({**grouped, **odd})[1]
-    turned = arguments["up"].transpose(1, 2).contiguous().transpose(1, 2)
-    assert plan({**arguments, "up": turned})[1] == "triton: up has strides (4096, 1, 64)"
+    apart = torch.zeros(6, 64, 128).bfloat16()[:, :, ::2]
+    assert plan({**arguments, "up": apart})[1] == "triton: up has strides (8192, 128, 2)"
+    turned = mixture(3, 64, 32, transposed=True)
+    assert isinstance(plan(turned)[0], Launch)
+    assert plan(mixture(3, 64, 36, transposed=True))[1] == "triton: down has 36 columns, not a multiple of 8"
+    odd = {"up": torch.zeros(6, 64, 60).bfloat16().transpose(1, 2), "down": torch.zeros(6, 64, 30).bfloat16()}
+    assert plan({**arguments, **odd})[1] == "triton: up is transposed and has 60 rows, not a multiple of 8"
+    codes = torch.zeros(6, 128, 256).to(torch.float8_e4m3fn).transpose(1, 2)
+    assert plan({**mixture(3, 128, 128, scheme="mxfp8"), "up": codes})[1] == (
+        "triton: up is transposed, and the matrix units take codes by the row"
+    )
+    assert plan({**mixture(3, 64, 32, bias=True), "up_bias": torch.zeros(6, 128).bfloat16()[:, ::2]})[1] == (
+        "triton: up_bias has strides (128, 2)"
+    )
     assert plan({**arguments, "x": torch.zeros(3, 128).bfloat16()[:, ::2]})[1] == "triton: x has strides (128, 2)"
 
 
@@ -247,6 +306,20 @@ def test_compiles(name: str, tokens: int, scheme: str) -> None:
         assert all(("griddepcontrol.wait" in text) == (name != "sm_89") for text in texts)
 
 
+@pytest.mark.parametrize("tokens", [1, 300])
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_compiles_with_biases_and_interleaved_rows(name: str, tokens: int) -> None:
+    launch, why = plan(mixture(tokens, 256, 128, 8, transposed=True, **GPT_OSS), name)
+    assert launch is not None, why
+    up, down = (compile_launch(part, Arch(name)) for part in launch.all if "WIDE" in part.args)
+    for made in (up, down):
+        text = made.get("ptx") or made["amdgcn"]
+        assert re.search("wgmma|mma.sync|tcgen05.mma|v_mfma", text)
+        if name != "gfx942":
+            assert "cp.async.cg" in text, "the weights do not come in whole 16 bytes"
+            assert not re.search(r"(ld|st)\.local", text)
+
+
 @needs_cuda_build
 @pytest.mark.parametrize(("scheme", "kernels"), [("", INSIDE), ("fp8_group128", QUANTISED), ("nvfp4", QUANTISED)])
 def test_in_inductors_wrapper(scheme: str, kernels: list[str]) -> None:
@@ -263,3 +336,21 @@ def test_in_inductors_wrapper(scheme: str, kernels: list[str]) -> None:
     (source,) = codegen(function, make, "sm_90", session)
     assert session.report.count("experts") == 1
     assert re.findall(r"(\w+)_kernel_\d+\.run\(", source) == kernels
+
+
+@needs_cuda_build
+def test_transposed_weights_are_not_copied() -> None:
+    arguments = mixture(4, 256, 128, transposed=True, **GPT_OSS)
+    tensors = {name: given for name, given in arguments.items() if isinstance(given, torch.Tensor)}
+    stored = {**tensors, **{name: tensors[name].transpose(1, 2) for name in ("up", "down")}}
+
+    def make() -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(given, device="cuda") for given in stored.values())
+
+    def function(*given: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(stored, given, strict=True))
+        return experts(**{**arguments, **named, **{n: named[n].transpose(1, 2) for n in ("up", "down")}})
+
+    (source,) = codegen(function, make, "sm_90", Session(Config(target=H100)))
+    assert re.findall(r"(\w+)_kernel_\d+\.run\(", source) == INSIDE
+    assert "triton_" not in source.partition("def call(")[2]

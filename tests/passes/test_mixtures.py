@@ -20,7 +20,7 @@ from fusionpass.passes.recognise import recognise
 from fusionpass.report.trace import GraphTrace, Record
 from fusionpass.rules import SPELLINGS
 from tests.fake_gpu import needs_cuda_build
-from tests.families import FAMILIES
+from tests.families import FAMILIES, Family
 
 TOKENS, HIDDEN, INNER, EXPERTS, TOP = 6, 64, 32, 4, 2
 
@@ -63,6 +63,37 @@ class Experts(nn.Module):
         return self.part("sum", lambda y: y.sum(1), y).to(x.dtype)
 
 
+class Biased(Experts):
+    """As GPT-OSS has its experts: weights of [experts, in, out], biases, and gate and up side by side."""
+
+    def __init__(self, **parts: Callable[..., Any]) -> None:
+        super().__init__(**parts)
+        for name in ("up", "down"):
+            weight = getattr(self, name)
+            setattr(self, name, nn.Parameter(weight.transpose(1, 2).contiguous(), requires_grad=False))
+            bias = nn.Parameter(torch.randn(weight.shape[:2]).bfloat16(), requires_grad=False)
+            setattr(self, f"{name}_bias", bias)
+
+    def act(self, y: Tensor) -> Tensor:
+        gate, up = y[:, ::2].clamp(max=1.25), y[:, 1::2].clamp(-1.25, 1.25)
+        return (up + 1) * (gate * torch.sigmoid(gate * 1.5))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        owners, order = torch.sort(ids.reshape(-1))
+        rows, weight = x[order // TOP], weights.reshape(-1)[order]
+        ends = torch.cumsum(torch.histc(owners.float(), EXPERTS, 0, EXPERTS - 1), 0, dtype=torch.int32)
+        hide = self.parts.get("hide", lambda y, owners: y)
+        hidden_by = owners
+        owners = self.part("clamp", lambda owners: owners, owners)
+        add = self.parts.get("add", lambda y, bias, owners: y + bias[owners])
+        first = hide(add(torch._grouped_mm(hide(rows, hidden_by), self.up, ends), self.up_bias, owners), hidden_by)
+        hidden = self.part("act", self.act, first)
+        y = hide(add(torch._grouped_mm(hidden, self.down, ends), self.down_bias, owners), hidden_by)
+        y = y * weight.unsqueeze(-1)
+        y = y[torch.empty_like(order).index_put((order,), torch.arange(order.size(0)))]
+        return y.view(-1, TOP, HIDDEN).sum(1).to(x.dtype)
+
+
 def hide(y: Tensor, owners: Tensor, least: int = EXPERTS, value: float = 0.0) -> Tensor:
     """As transformers 5.17 hides rows of no expert."""
     return y.masked_fill((owners >= least).unsqueeze(-1), value)
@@ -101,8 +132,9 @@ def count(graph: Graph) -> int:
         lambda y: torch.nn.functional.silu(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1],
         lambda y: torch.nn.functional.gelu(y[:, :INNER]) * y[:, INNER:],
         lambda y: torch.nn.functional.gelu(y[:, :INNER], approximate="tanh") * y[:, INNER:],
+        lambda y: torch.nn.functional.silu(y[:, ::2]) * y[:, 1::2],
     ],
-    ids=["silu", "chunks", "gelu", "gelu_tanh"],
+    ids=["silu", "chunks", "gelu", "gelu_tanh", "interleaved"],
 )
 @pytest.mark.usefixtures("on_cpu")
 def test_the_same_numbers(act: Any, weights: torch.dtype) -> None:
@@ -119,6 +151,65 @@ def test_the_same_numbers(act: Any, weights: torch.dtype) -> None:
     # Before, Inductor's C++ skips roundings in front of the sum, with the op and without.
     assert (result.double() - expected.double()).norm() <= 0.01 * expected.double().norm()
     assert result.stride() == expected.stride()
+
+
+EXPERT_PARALLEL = {"hide": lambda y, owners: hide(y, owners), "clamp": lambda owners: owners.clamp(max=EXPERTS - 1)}
+
+
+@pytest.mark.parametrize("parts", [{}, EXPERT_PARALLEL], ids=["alone", "expert_parallel"])
+@pytest.mark.usefixtures("on_cpu")
+def test_biases_interleaved_and_transposed(parts: dict[str, Any]) -> None:
+    model, (x, ids, given) = Biased(**parts), inputs()
+    if parts:
+        ids[1, 0] = EXPERTS  # one that another rank has
+    refused, missed, graph = records(model, x, ids, given.bfloat16(), verify=True)
+    assert (count(graph), refused, missed) == (1, [], [])
+    (node,) = graph.find_nodes(op="call_function", target=experts.overload)
+    named = experts.bind(node.args, node.kwargs)
+    assert (named["activation"], named["interleaved"], named["alpha"], named["limit"]) == (
+        "clamped_swiglu", True, 1.5, 1.25,
+    )  # fmt: skip
+    expected = model(x, ids, given.bfloat16())
+    compiled = fusionpass.compile(model, numerics="eager", cache=False)
+    with torch.no_grad():
+        result = compiled(x, ids, given.bfloat16())
+    report = fusionpass.report(compiled)
+    assert report.count("experts") == 1
+    assert not report.missed
+    if torch.__version__ >= "2.14":
+        assert torch.equal(result, expected)
+    assert (result.double() - expected.double()).norm() <= 0.01 * expected.double().norm()
+
+
+def _clamp_swiglu(y: Tensor, low: int, high: int) -> Tensor:
+    gate, up = y[:, low::2].clamp(max=1.25), y[:, high::2].clamp(-1.25, 1.25)
+    return (up + 1) * (gate * torch.sigmoid(gate * 1.5))
+
+
+NO_BIASES: dict[str, tuple[dict[str, Any], str]] = {
+    "of the unsorted": ({"add": lambda y, bias, owners: y + bias[owners.flip(0)]}, "not that of each row's expert"),
+    "of another clamp": ({"clamp": lambda owners: owners.clamp(max=1)}, "not that of each row's expert"),
+    "of the row": ({"add": lambda y, bias, owners: y + bias[0]}, "where the op wants a bias by expert"),
+    "scaled": (
+        {"add": lambda y, bias, owners: torch.add(y, bias[owners], alpha=2)},
+        "a product and its bias|by expert",
+    ),
+    "of itself": ({"add": lambda y, bias, owners: y + y}, "a product and its bias"),
+    "odd first": ({"act": lambda y: _clamp_swiglu(y, 1, 0)}, "the gate in the first half, or at even places"),
+    "mixed": (
+        {"act": lambda y: torch.nn.functional.silu(y[:, ::2]) * y[:, INNER:]},
+        "the gate in the first half, or at even places",
+    ),
+}
+
+
+@pytest.mark.parametrize(("parts", "reason"), NO_BIASES.values(), ids=NO_BIASES)
+@pytest.mark.usefixtures("on_cpu")
+def test_other_biases_stay_and_why(parts: dict[str, Any], reason: str) -> None:
+    x, ids, weights = inputs()
+    refused, (record,), graph = records(Biased(**parts), x, ids, weights.bfloat16())
+    assert (count(graph), refused) == (0, [])
+    assert re.search(reason, record.reason), record.reason
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -143,17 +234,15 @@ def test_verified() -> None:
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "bias": (
         {"up": lambda *given: torch._grouped_mm(*given) + 1},
-        "there is add, where the op wants a product by group",
+        "there is 1, where the op wants a bias by expert",
     ),
     "relu": ({"act": lambda y: torch.relu(y[:, :INNER]) * y[:, INNER:]}, "an activation that it knows"),
     "halves": ({"act": lambda y: torch.nn.functional.silu(y[:, INNER:]) * y[:, :INNER]}, "the gate in the first half"),
-    "interleaved": ({"act": lambda y: torch.nn.functional.silu(y[:, ::2]) * y[:, 1::2]}, "the gate in the first half"),
     "two products": (
         {"act": lambda y: torch.nn.functional.silu(y[:, :INNER]) * (y + 1)[:, INNER:]},
         "gate and up are of two products, where the op wants both of one",
     ),
     "groups": ({"ends": lambda ends: ends + 0}, "the products have other groups"),
-    "turned": ({"turn": lambda w: w.reshape(EXPERTS, INNER, HIDDEN)}, r"weights of \[experts, out, in\]"),
     "permuted": (
         {"turn": lambda w: w.reshape(INNER, EXPERTS, HIDDEN).permute(1, 0, 2)},
         r"weights are permuted by \[1, 0, 2\]",
@@ -239,13 +328,20 @@ def test_a_cpu_keeps_its_products() -> None:
     assert (count(graph), refused, missed) == (0, [], [])
 
 
+MIXTRAL = Family("Mixtral", "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2})
+
+
 @needs_cuda_build
-@pytest.mark.parametrize("name", ["Qwen3-MoE", "DeepSeek-V3"])
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "DeepSeek-V3", "Mixtral", "GPT-OSS"])
 def test_models(name: str) -> None:
-    (family,) = [one for one in FAMILIES if one.name == name]
+    (family,) = [one for one in (*FAMILIES, MIXTRAL) if one.name == name]
     model, given = family.build()
     report = fusionpass.explain(model, **given, config=Config(target=Arch("sm_90")))
     found = [record for record in report.fused if record.op == "experts"]
     assert found
     assert {(record.backend, record.rules) for record in found} == {("triton", (mixtures.RULE,))}
     assert all(record.where.endswith("mlp.experts") for record in found)
+    assert not [record for record in report.missed if record.where.endswith("mlp.experts")]
+    if name == "DeepSeek-V3":
+        fused = {(record.op, record.where.rpartition("mlp.")[2]) for record in report.fused}
+        assert {("linear_bf16_fp32", "gate"), ("silu_mul", "shared_experts")} <= fused

@@ -288,7 +288,8 @@ def test_a_compressed_linear_that_cannot_be_taken_over(change: dict, reason: str
 
 
 def test_every_converter_is_tested() -> None:
-    assert {source(given.make()) for given in SOURCES.values()} == CONVERTERS.keys()
+    # Experts have their tests in test_experts.py.
+    assert {source(given.make()) for given in SOURCES.values()} == CONVERTERS.keys() - {"transformers.FP8Experts"}
 
 
 def test_the_hook_that_decompresses_goes_with_the_last_linear() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from fusionpass.errors import ShardWarning, SkipError
 from fusionpass.quantize import quantize_
-from fusionpass.quantize.select import matches, packs, select
+from fusionpass.quantize.select import matches, packs, select, skip_rules
 
 
 class Lora(nn.Linear):
@@ -43,7 +43,7 @@ def hooked(linear: nn.Linear, register: str) -> nn.Linear:
 )
 def test_a_linear_that_is_left_alone(make: Callable[[], nn.Linear], reason: str) -> None:
     model = nn.Sequential(nn.Linear(32, 32), make())
-    chosen, reasons = select(model, (), False, "mxfp8")
+    chosen, reasons = select(model, skip_rules(model, ()), False, "mxfp8")
     assert chosen == {"0": model[0]}
     assert reasons.keys() == {"1"}
     assert reasons["1"].startswith(reason)
@@ -52,15 +52,15 @@ def test_a_linear_that_is_left_alone(make: Callable[[], nn.Linear], reason: str)
 def test_rules_ties_and_the_model_itself() -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32))
     model[2].weight = model[1].weight
-    chosen, reasons = select(model, ["0"], False, "fp8_static")
+    chosen, reasons = select(model, skip_rules(model, ["0"]), False, "fp8_static")
     assert not chosen
     assert reasons == {
         "0": "skipped by the rule '0'",
         "1": "its weight is tied to 2",
         "2": "its weight is tied to 1",
     }
-    assert select(model, ["0"], True, "fp8_static")[0].keys() == {"1", "2"}
-    assert select(model[0], (), False, "fp8_static")[1] == {
+    assert select(model, skip_rules(model, ["0"]), True, "fp8_static")[0].keys() == {"1", "2"}
+    assert select(model[0], skip_rules(model[0], ()), False, "fp8_static")[1] == {
         "": "it is the whole model, which cannot be replaced in place"
     }
 
@@ -104,7 +104,8 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS, ids=["dict", "object"])
 def test_what_the_config_of_a_model_leaves_alone(config: object) -> None:
     """A rule there that matches nothing is no mistake: such lists name parts that a model may lack."""
-    chosen, reasons = select(Stack(config), "o_proj", False, "fp8_token")
+    model = Stack(config)
+    chosen, reasons = select(model, skip_rules(model, "o_proj"), False, "fp8_token")
     assert reasons.keys() == {"lm_head", "layers.0.gate", "layers.0.o_proj", "layers.1.o_proj"}
     assert reasons["lm_head"] == "skipped by 'lm_head' in the model's quantization_config"
     assert reasons["layers.1.o_proj"] == "skipped by the rule 'o_proj'"
@@ -113,7 +114,7 @@ def test_what_the_config_of_a_model_leaves_alone(config: object) -> None:
 
 def test_a_rule_of_ones_own_that_matches_nothing() -> None:
     with pytest.raises(SkipError, match=r"'re:vision\.\*' matches no module"):
-        select(Stack(), "re:vision.*", False, "fp8_token")
+        skip_rules(Stack(), "re:vision.*")
 
 
 def test_shards_of_a_packed_layer_must_agree() -> None:

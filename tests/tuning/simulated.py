@@ -61,7 +61,8 @@ def jobs(*sizes: int) -> list[Job]:
 
 def task(folder: Path, todo: Sequence[Job], gpus: int = 1, resume: bool = False, **options: Any) -> Task:
     """A run."""
-    return Task(prepare(todo, H100, DEVICE, folder, gpus, None, resume), H100, DEVICE, folder, resume=resume, **options)
+    queue = prepare(todo, H100, DEVICE, folder, gpus, None, resume, most=options.get("most"))
+    return Task(queue, H100, DEVICE, folder, resume=resume, **options)
 
 
 def tune(folder: Path, todo: Sequence[Job], resume: bool = False, bench: Bench | None = None, **options: Any) -> int:

@@ -164,12 +164,48 @@ def test_the_device_that_is_here_comes_before_the_one_that_stands_in(
     h200 = merge(folder, Name.of("block_scaled_mm", KEY, "NVIDIA H200"), {1: FOREIGN}, {})
     store.forget()
     monkeypatch.setattr(store, "device_here", lambda: "NVIDIA_H200")
+    monkeypatch.setattr(store, "_multiprocessors_here", lambda: 132)
     monkeypatch.setattr(Arch, "of", staticmethod(lambda device: H100))
     found = store.find("block_scaled_mm", KEY, H100, 64)
     assert found is not None
     assert (found.m, found.path) == (1, h200)
+    # What it has no table for is looked up in those of the device that is like it.
+    other = put(folder, {64: FOREIGN}, {**KEY, "N": 512})
+    found = store.find("block_scaled_mm", {**KEY, "N": 512}, H100, 64)
+    assert found is not None
+    assert found.path == other
+    monkeypatch.setattr(store, "_multiprocessors_here", lambda: 78)
+    assert store.find("block_scaled_mm", {**KEY, "N": 512}, H100, 64) is None
     # For a target that is not here nothing of this device counts.
     assert store.find("block_scaled_mm", KEY, Arch("sm_100"), 64) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "here", "count", "device", "reason"),
+    [
+        ("sm_90", None, None, SLUG, f"no device of sm_90 is here: {SLUG} stands for the target"),
+        ("sm_90", "NVIDIA_H200", 132, SLUG, f"NVIDIA_H200 has 132 multiprocessors of the same kind, as {SLUG}"),
+        ("sm_90", "NVIDIA_H100_PCIe", 114, None, f"NVIDIA_H100_PCIe has 114 multiprocessors, {SLUG} 132"),
+        ("sm_90", SLUG, 132, None, f"{SLUG} has tables of its own"),
+        ("sm_100", "NVIDIA_B200", 148, None, "there are no tables of another device for sm_100"),
+        ("sm_120", None, None, None, "there are no tables of another device for sm_120"),
+    ],
+)
+def test_whose_tables_serve_a_device_that_has_none(
+    name: str, here: str | None, count: int | None, device: str | None, reason: str
+) -> None:
+    assert store.stand_in(Arch(name), here, count) == (device, reason)
+
+
+def test_what_else_is_faster_counts_where_it_was_measured_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(folder, {64: None})
+    assert isinstance(store.choose(RULE, "block_scaled_mm", KEY, H100, 64), str), "of a target that is not here"
+    monkeypatch.setattr(Arch, "of", staticmethod(lambda device: H100))
+    monkeypatch.setattr(store, "_multiprocessors_here", lambda: 132)
+    monkeypatch.setattr(store, "device_here", lambda: SLUG)
+    assert isinstance(store.choose(RULE, "block_scaled_mm", KEY, H100, 64), str)
+    monkeypatch.setattr(store, "device_here", lambda: "NVIDIA_H200")
+    assert store.choose(RULE, "block_scaled_mm", KEY, H100, 64) is RULE
 
 
 @pytest.mark.parametrize(("width", "found"), [(4096, 4096), (3600, 4096), (2880, 2880), (3488, 2880), (8192, None)])
@@ -212,6 +248,10 @@ def test_what_is_imposed_is_taken_and_a_key_that_nobody_asks_for_is_an_error(fol
         assert store.choose(RULE, "block_scaled_mm", other, H100, 64) is RULE
         assert store.choose(RULE, "block_scaled_mm", KEY, H100, 64, refuse=lambda cut: "no") == "no"
     assert given.rule is RULE
+    with store.imposing("block_scaled_mm", KEY, RULE, [(other, FOREIGN)]):
+        assert store.choose(RULE, "block_scaled_mm", KEY, H100, 64) is RULE
+        assert store.choose(RULE, "block_scaled_mm", other, H100, 64).rows == 16
+        assert store.choose(RULE, "block_scaled_mm", {**KEY, "N": 65}, H100, 64) is RULE
     with store.imposing("block_scaled_mm", KEY, None):
         assert store.choose(RULE, "block_scaled_mm", KEY, H100, 64) is RULE
     with (

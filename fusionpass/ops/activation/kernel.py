@@ -76,7 +76,7 @@ def activated(x, ACT: tl.constexpr, PAIRS: tl.constexpr = False):
 
 
 @triton.jit
-def clamped_gate(x, alpha, limit, like, PAIRS: tl.constexpr):
+def clamped_gate(x, alpha, limit, like, PAIRS: tl.constexpr = False):
     """GPT-OSS's gate of float32 `x`, each step rounded to the dtype of the pointer `like`."""
     kind: tl.constexpr = like.dtype.element_ty
     x = tl.where(x > limit, limit, x)

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from ..activation.kernel import activated
+from ..activation.kernel import activated, clamped_gate
 from ..pdl import pdl_launch, pdl_wait
 from .kernel import _finish
 
@@ -83,6 +83,7 @@ def _add_products(
     b_scale_group,
     GROUP: tl.constexpr,
     SHARED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     B_SWIZZLED: tl.constexpr,
     WIDE: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -103,7 +104,10 @@ def _add_products(
     wanted = inside[:, None]
     if not EVEN:
         wanted &= (k < last)[None, :]
-    w = tl.load(b + row.to(tl.int64)[:, None] * b_row + k[None, :], wanted, other=0.0)
+    if TRANSPOSED:
+        w = tl.load(b + row.to(tl.int64)[:, None] + (k * b_row)[None, :], wanted, other=0.0)
+    else:
+        w = tl.load(b + row.to(tl.int64)[:, None] * b_row + k[None, :], wanted, other=0.0)
     if GROUP == 0:
         y = tl.dot(w, tl.trans(even), y, max_num_imprecise_acc=SUMMED)
     elif NATIVE or WIDE is not None:
@@ -132,6 +136,18 @@ def _add_products(
 
 
 @triton.jit
+def _rounded(y, a_global, b_global, bias, row, column, rows, columns, ALONE: tl.constexpr, kind: tl.constexpr):
+    """The sums `y`, scaled and with their bias, as float32 of `kind`. ALONE: rounded before the bias, too."""
+    if ALONE:
+        y = _finish(y, a_global, b_global, None, row, column, rows, columns, False, False).to(kind).to(tl.float32)
+        if bias is not None:
+            y += tl.load(bias + column, column < columns, other=0.0).to(tl.float32)
+    else:
+        y = _finish(y, a_global, b_global, bias, row, column, rows, columns, False, False)
+    return y.to(kind).to(tl.float32)
+
+
+@triton.jit
 def block_kernel(
     a,
     b,
@@ -155,10 +171,14 @@ def block_kernel(
     b_scale_row,
     b_scale_group,
     b_scale_expert,
+    alpha,
+    limit,
     TOP: tl.constexpr,
     ACT: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     GROUP: tl.constexpr,
     SHARED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     A_SWIZZLED: tl.constexpr,
     B_SWIZZLED: tl.constexpr,
     WIDE: tl.constexpr,
@@ -187,7 +207,10 @@ def block_kernel(
     With `order`, `b` is one of several, `b_expert` apart: block i of rows has the weight `experts[i]` (-1: none), and
     its rows of `out` are `order[i * ROWS:]`, `rows` where there is none; each TOP of them in turn read one of `a`.
 
-    ACT: `b` has twice as many rows, and `out` is `act(first half) * second half`, each rounded before as in eager mode.
+    TRANSPOSED: rows of `b` lie next to one another, and `b_row` is the step along K; where ROWS is above 1.
+
+    ACT: `b` has twice as many rows, and `out` is `act(first half) * second half`, each rounded before as in eager mode;
+    INTERLEAVED: of every two rows the first and the second. "clamped" is GPT-OSS's, with `alpha` and `limit`.
 
     GROUPED blocks of rows are next to one another, then those of the next columns, so that they share them in the
     cache. With SPLITS > 1 the sums go to `sums`, [SPLITS, rows, columns], for `split_kernel`.
@@ -251,7 +274,10 @@ def block_kernel(
             products += tl.reshape(y, [COLUMNS, groups, part]) * (ws * xs)[:, :, None]
         y = tl.sum(tl.sum(products, 2), 1)[:, None]
     else:
-        y = tl.zeros([COLUMNS, ROWS], tl.float32)
+        # Gate and up of one column come out of one product where they lie side by side.
+        both: tl.constexpr = 2 * COLUMNS if INTERLEAVED else COLUMNS
+        ahead: tl.constexpr = 2 if INTERLEAVED else 1
+        y = tl.zeros([both, ROWS], tl.float32)
         y_2 = y
         depth = tl.arange(0, DEPTH)
         for start in range(first, last, DEPTH):
@@ -273,25 +299,35 @@ def block_kernel(
             else:
                 even, odd = _operand(x, xs, GROUP, WIDE)
             y = _add_products(
-                y, x, even, odd, xs, b, b_scale, first_column, columns - first_column, start, last, b_row, b_scale_row,
-                b_scale_group, GROUP, SHARED, B_SWIZZLED, WIDE, NATIVE, SUMMED, EVEN, COLUMNS, DEPTH,
+                y, x, even, odd, xs, b, b_scale, ahead * first_column, ahead * (columns - first_column), start, last,
+                b_row, b_scale_row, b_scale_group, GROUP, SHARED, TRANSPOSED, B_SWIZZLED, WIDE, NATIVE, SUMMED, EVEN,
+                both, DEPTH,
             )  # fmt: skip
-            if ACT is not None:
+            if ACT is not None and not INTERLEAVED:
                 y_2 = _add_products(
                     y_2, x, even, odd, xs, b, b_scale, columns + first_column, columns - first_column, start, last,
-                    b_row, b_scale_row, b_scale_group, GROUP, SHARED, B_SWIZZLED, WIDE, NATIVE, SUMMED, EVEN, COLUMNS,
-                    DEPTH,
+                    b_row, b_scale_row, b_scale_group, GROUP, SHARED, TRANSPOSED, B_SWIZZLED, WIDE, NATIVE, SUMMED,
+                    EVEN, COLUMNS, DEPTH,
                 )  # fmt: skip
     row, column = row[None, :], column[:, None]
     stored = inside[:, None] & read[None, :]
     at = row.to(tl.int64) * columns + column
     if SPLITS == 1:
         kind: tl.constexpr = out.dtype.element_ty
-        y = _finish(y, a_global, b_global, bias, row, column, rows, columns, False, False)
-        if ACT is not None:
-            beside = bias + columns if bias is not None else bias
-            y_2 = _finish(y_2, a_global, b_global, beside, row, column, rows, columns, False, False)
-            y = activated(y.to(kind).to(tl.float32), ACT).to(kind).to(tl.float32) * y_2.to(kind).to(tl.float32)
+        if INTERLEAVED:
+            pair = 2 * first_column + tl.arange(0, 2 * COLUMNS)[:, None]
+            y = _rounded(y, a_global, b_global, bias, row, pair, rows, 2 * columns, order is not None, kind)
+            y, y_2 = tl.split(tl.permute(tl.reshape(y, [COLUMNS, 2, ROWS]), (0, 2, 1)))
+        else:
+            y = _rounded(y, a_global, b_global, bias, row, column, rows, columns, order is not None, kind)
+            if ACT is not None:
+                beside = bias + columns if bias is not None else bias
+                y_2 = _rounded(y_2, a_global, b_global, beside, row, column, rows, columns, order is not None, kind)
+        if ACT == "clamped":
+            y_2 = tl.clamp(y_2, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+            y = clamped_gate(y, alpha, limit, out) * (y_2 + 1.0).to(kind).to(tl.float32)
+        elif ACT is not None:
+            y = activated(y, ACT).to(kind).to(tl.float32) * y_2
         pdl_launch(PDL)
         tl.store(out + at, y.to(kind), stored)
     else:

@@ -77,7 +77,8 @@ NEWER = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
 """Whether this Triton compiles products of scaled FP4 for sm_121: 3.6 does for sm_120 alone."""
 
 PLAIN: dict[str, Any] = {
-    "order": None, "experts": None, "b_expert": 0, "b_scale_expert": 0, "TOP": 1, "ACT": None, "SUMMED": 128,
+    "order": None, "experts": None, "b_expert": 0, "b_scale_expert": 0, "alpha": None, "limit": None, "TOP": 1,
+    "ACT": None, "INTERLEAVED": False, "TRANSPOSED": False, "SUMMED": 128,
 }  # fmt: skip
 """The kernel's arguments where there is one weight, and nothing behind its product."""
 

@@ -11,6 +11,7 @@ import triton
 from ...arch import Arch
 from ...launch import Empty, Late, Launch
 from ...tuning.store import choose
+from ..gemm import OUTPUTS
 from ..gemm.blocks import group_of
 from ..gemm.blocks_kernel import block_kernel
 from ..gemm.blocks_triton import REACH, Cut, kind_of, named, native, refuse_cut
@@ -127,16 +128,16 @@ def blocks_of(pairs: int, experts: int, rows: int) -> int:
     return (pairs + min(pairs, experts) * (rows - 1)) // rows
 
 
-def _refuse(arch: Arch, tensors: dict[str, torch.Tensor | None], scheme: str) -> str | None:
+def _refuse(arch: Arch, tensors: dict[str, torch.Tensor | None], scheme: str, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run on these."""
     x = tensors["x"]
     assert x is not None
     for name, t in tensors.items():
         if t is not None and t.device != x.device:
             return f"{name} is on {t.device}, x on {x.device}"
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return f"x is {x.dtype}"
-    if scheme not in ("", "int8_group128") and not arch.has_fp8_e4m3fn:
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"x is {dtype}"
+    if scheme.partition(",")[0] not in ("", "int8_group128") and not arch.has_fp8_e4m3fn:
         return f"{arch.name} has no float8_e4m3fn"
     for name in ("up", "down"):
         t = tensors[name]
@@ -146,12 +147,23 @@ def _refuse(arch: Arch, tensors: dict[str, torch.Tensor | None], scheme: str) ->
         unit = 16 // t.element_size()
         if t.shape[2] % unit:
             return f"{name} has {t.shape[2]} columns, not a multiple of {unit}"
+        if _transposed(t) and not t.is_contiguous():
+            if scheme:
+                return f"{name} is transposed, and the matrix units take codes by the row"
+            if t.shape[1] % unit:
+                return f"{name} is transposed and has {t.shape[1]} rows, not a multiple of {unit}"
     for name, t in tensors.items():
-        if t is not None and name != "x" and not t.is_contiguous():
+        transposed = name in ("up", "down") and t is not None and _transposed(t)
+        if t is not None and name not in ("x", "x_scales") and not t.is_contiguous() and not transposed:
             return f"{name} has strides {tuple(t.stride())}"
     if not known(x.stride(1) == 1):
         return f"x has strides {tuple(x.stride())}"
     return None
+
+
+def _transposed(weight: torch.Tensor) -> bool:
+    """Whether weights are the transposes of contiguous ones."""
+    return weight.transpose(1, 2).is_contiguous()
 
 
 def plan(
@@ -169,11 +181,21 @@ def plan(
     down_global_scale: torch.Tensor | None = None,
     x_scale: torch.Tensor | None = None,
     hidden_scale: torch.Tensor | None = None,
+    up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    interleaved: bool = False,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    x_scales: torch.Tensor | None = None,
+    out_dtype: str = "",
 ) -> Launch | Late | str:
     """The launches that run `experts`, or why there are none."""
     scales = {"up_scale": up_scale, "down_scale": down_scale, "up_global": up_global_scale}
     scales |= {"down_global": down_global_scale, "x_scale": x_scale, "hidden_scale": hidden_scale}
-    if reason := _refuse(arch, {"x": x, "up": up, "down": down, "ids": ids, "weights": weights, **scales}, x_scheme):
+    scales |= {"up_bias": up_bias, "down_bias": down_bias, "x_scales": x_scales}
+    dtype = OUTPUTS[out_dtype] if out_dtype else x.dtype
+    tensors = {"x": x, "up": up, "down": down, "ids": ids, "weights": weights, **scales}
+    if reason := _refuse(arch, tensors, x_scheme, dtype):
         return reason
     tokens, top = static(x.shape[0]), ids.shape[1]
     if tokens is None:
@@ -206,27 +228,34 @@ def plan(
         num_warps=8,
         pdl=arch.has_pdl,
     )
-    hidden = Empty((pairs, inner), x.dtype)
-    y = Empty((pairs, width), x.dtype)
-    shared = {"order": order, "experts": owners, "rows": pairs}
+    hidden = Empty((pairs, inner), dtype)
+    y = Empty((pairs, width), dtype)
+    shared = {"order": order, "experts": owners, "rows": pairs, "alpha": None, "limit": None}
+    act_of = {"clamped_swiglu": "clamped"}.get(activation, activation)
+    first = {"ACT": act_of, "INTERLEAVED": interleaved, "TOP": top}
+    first |= {"alpha": alpha, "limit": limit} if act_of == "clamped" else {}
+    second = {"ACT": None, "INTERLEAVED": False, "TOP": 1}
     launches = [align]
-    for source, weight, scale, relative, given, out, cut, act in (
-        (x, up, up_scale, up_global_scale, x_scale, hidden, made.up, activation),
-        (hidden, down, down_scale, down_global_scale, hidden_scale, y, made.down, None),
+    for source, weight, bias, scale, relative, given, out, cut, more in (
+        (x, up, up_bias, up_scale, up_global_scale, x_scale, hidden, made.up, first),
+        (hidden, down, down_bias, down_scale, down_global_scale, hidden_scale, y, made.down, second),
     ):
         codes: Any = source
         own: Any = None
-        if x_scheme:
+        if out_dtype and source is x:
+            own = x_scales
+        elif x_scheme:
             quantized = _quantize(arch, source, given, x_scheme)
             if isinstance(quantized, str):
                 return quantized
             launches.append(quantized)
             codes, own = quantized.args["q"], quantized.args.get("scales")
-        columns = inner if act else width
+        columns = inner if more is first else width
         operands = {"a": codes, "b": weight, "a_scale": own, "b_scale": scale, "a_global": given, "b_global": relative}
-        if x_scheme == "fp8_static":
+        operands["bias"] = bias
+        if x_scheme.partition(",")[0] == "fp8_static":
             operands |= {"b_scale": None, "b_global": scale}
-        launches.append(_product(arch, operands, out, columns, cut, x_scheme, act, top if act else 1, shared))
+        launches.append(_product(arch, operands, out, columns, cut, x_scheme, {**shared, **more}))
     block = min(1024, triton.next_power_of_2(width))
     return Launch(
         combine_kernel,
@@ -235,7 +264,7 @@ def plan(
             "y": y,
             "ids": ids,
             "weights": weights,
-            "out": Empty((tokens, width), x.dtype),
+            "out": Empty((tokens, width), dtype),
             "width": width,
             "EXPERTS": count,
             "TOP": top,
@@ -270,8 +299,6 @@ def _product(
     columns: int,
     cut: Cut,
     scheme: str,
-    act: str | None,
-    top: int,
     shared: dict[str, Any],
 ) -> Launch:
     """The launch of one of the two products."""
@@ -282,9 +309,12 @@ def _product(
         group = shared_by // (2 if kind.packed else 1)
         wide = None if group == 128 else triton.language.float16 if kind.packed else triton.language.bfloat16
         own = native(arch, kind, cut)
-    depths = b.shape[2]
+    depths, turned = b.shape[2], not b.is_contiguous()
+    steps = (0, 1)
+    if a_scale is not None and group:
+        steps = (a_scale.shape[1], 1) if isinstance(a_scale, Empty) else a_scale.stride()
     # Triton 3.6 cannot stage two products of unpacked codes at once in tensor memory.
-    stages = 1 if act and wide is not None and arch.capability in (100, 103) else cut.stages
+    stages = 1 if shared["ACT"] and wide is not None and arch.capability in (100, 103) else cut.stages
     blocks = shared["experts"].shape[0]
     return Launch(
         block_kernel,
@@ -294,21 +324,19 @@ def _product(
             **shared,
             "out": out,
             "sums": None,
-            "bias": None,
             "columns": columns,
             "depths": depths,
             "a_row": a.shape[1] if isinstance(a, Empty) else a.stride(0),
-            "b_row": b.stride(1),
+            "b_row": b.stride(2) if turned else b.stride(1),
             "b_expert": b.stride(0),
-            "a_scale_row": 0 if a_scale is None or not group else a_scale.shape[1],
-            "a_scale_group": 1,
+            "a_scale_row": steps[0],
+            "a_scale_group": steps[1],
             "b_scale_row": 0 if b_scale is None else b_scale.stride(1),
             "b_scale_group": 1,
             "b_scale_expert": 0 if b_scale is None else b_scale.stride(0),
-            "TOP": top,
-            "ACT": act,
             "GROUP": group,
             "SHARED": 128 if scheme and weight_scheme(scheme).granularity == "block128" else 1,
+            "TRANSPOSED": turned,
             "A_SWIZZLED": False,
             "B_SWIZZLED": False,
             "WIDE": wide,
