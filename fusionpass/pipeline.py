@@ -14,7 +14,7 @@ from .passes.cleanup import cleanup
 from .passes.exact import keep_reductions
 from .passes.fuse import fuse
 from .passes.heads import bring_together
-from .passes.layout import lay_out
+from .passes.layout import lay_out, lay_out_by_column
 from .passes.lower import lower
 from .passes.mixtures import mixtures
 from .passes.normalize import normalize
@@ -51,6 +51,7 @@ def late(config: Config, trace: GraphTrace, parameters: frozenset[Node] = frozen
         products(graph, config.disable)
         fuse(graph, folds, trace, config.disable, config.verify)
         lay_out(graph)
+        lay_out_by_column(graph, config.target)
 
     return [
         ("fuse", fused),

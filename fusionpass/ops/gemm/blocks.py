@@ -1,5 +1,6 @@
 """Products of matrices whose scales change along K: blocks of FP8 and INT8, MXFP8, NVFP4."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,13 +9,13 @@ import torch.nn.functional as F
 from ...arch import Arch
 from ...errors import ArgumentError, nearest
 from ...launch import Plain
-from ...op import Backend, op
+from ...op import Backend, Refusal, op
 from ..quant import dequantize, quantize
 from ..quant.layout import swizzled_shape
 from ..quant.scheme import Scheme
 from ..rows import known, static, triton_backend
 from . import OUTPUTS, SUMMED
-from .dispatch import Request, why_not
+from .dispatch import FEW, Request, why_not
 
 
 def _sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
@@ -143,7 +144,21 @@ def _plan_cublas(
     **_: Any,
 ) -> Plain | str:
     """PyTorch's call of cuBLAS, where it has such a product and is faster."""
-    kinds = Scheme.parse(a_scheme), Scheme.parse(b_scheme)
+    reason = _cublas_refuses(arch, static(a.shape[0]), a, b, b_scale, (a_scheme, b_scheme), bias, out_dtype)
+    return Plain(_by_cublas) if reason is None else reason
+
+
+def _cublas_refuses(
+    arch: Arch,
+    rows: int | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    schemes: tuple[str, str],
+    bias: torch.Tensor | None,
+    out_dtype: str,
+) -> Refusal:
+    kinds = [Scheme.parse(scheme) for scheme in schemes]
     float32 = kinds[0].scale_dtype == torch.float32
     if kinds[1].granularity != "block128" or a.dtype != torch.float8_e4m3fn or not float32:
         return "it is of float8_e4m3fn with float32 scales, weights in blocks of 128"
@@ -151,20 +166,48 @@ def _plan_cublas(
     columns: Any = b.shape[0]
     if not isinstance(k, int) or not isinstance(columns, int):
         return "the size of the weight is symbolic"
-    if reason := why_not(arch, Request("fp8_block128", static(a.shape[0]), columns, k, out_dtype), "cublas"):
+    if reason := why_not(arch, Request("fp8_block128", rows, columns, k, out_dtype), "cublas"):
         return reason
     if bias is not None:
         return "it adds no bias"
     strides = {name: t.stride() for name, t in (("a", a), ("b", b), ("b_scale", b_scale)) if t.stride(1) != 1}
     strides |= {"b_scale": b_scale.stride()} if b_scale.stride(0) != b_scale.shape[1] else {}
-    return Plain(_by_cublas) if not strides else f"strides are {strides}"
+    return f"strides are {strides}" if strides else None
+
+
+def wants_columns(arch: Arch, arguments: Mapping[str, Any]) -> Refusal:
+    """Why the scales of `a` need not lie column by column; None: cuBLAS may compute this product, which reads them so.
+
+    Args:
+        arch: the target.
+        arguments: of `block_scaled_mm`; where the number of rows is symbolic there may be many.
+    """
+    a, b, b_scale = (arguments[name] for name in ("a", "b", "b_scale"))
+    schemes = str(arguments["a_scheme"]), str(arguments["b_scheme"])
+    rows = FEW + 1 if static(a.shape[0]) is None else a.shape[0]
+    return _cublas_refuses(arch, rows, a, b, b_scale, schemes, arguments["bias"], str(arguments["out_dtype"]))
+
+
+_UNIT = 4
+"""cuBLAS takes multiples of so many rows: those of a column of scales, 16 bytes."""
 
 
 def _by_cublas(**arguments: Any) -> torch.Tensor:
-    # The scales of a group of all rows have to lie next to one another.
-    a_scale = arguments["a_scale"].t().contiguous().t()
-    b, b_scale = arguments["b"].t(), arguments["b_scale"].t()
-    return torch._scaled_mm(arguments["a"], b, a_scale, b_scale, out_dtype=OUTPUTS[arguments["out_dtype"]])
+    a, a_scale = arguments["a"], arguments["a_scale"].t()
+    rows = a.shape[0]
+    missing = -rows % _UNIT
+    if missing:
+        a = F.pad(a.view(torch.uint8), (0, 0, 0, missing)).view(a.dtype)
+        a_scale = F.pad(a_scale, (0, missing))
+    # The scales of a group of all rows have to lie next to one another; nothing is copied where they do.
+    y = torch._scaled_mm(
+        a,
+        arguments["b"].t(),
+        a_scale.contiguous().t(),
+        arguments["b_scale"].t(),
+        out_dtype=OUTPUTS[arguments["out_dtype"]],
+    )
+    return y[:rows] if missing else y
 
 
 block_scaled_mm.backends.append(Backend("cublas", _plan_cublas))
