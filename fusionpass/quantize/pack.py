@@ -122,6 +122,8 @@ def _refuse(shards: list[Any], unify: bool) -> str | None:
         blocks = first.kind.weight.granularity == "block128"
         if blocks and any(shard.out_features % 128 for shard in shards[:-1]):
             return "their scales are of blocks of 128 rows, and one ends within a block"
+        if first.kind.weight.layout != "linear" and any(shard.out_features % 128 for shard in shards):
+            return f"they lie {first.kind.weight.layout} in blocks of 128 rows, and one ends within a block"
         for name in _single(first):
             if not unify and len({getattr(shard, name).item() for shard in shards}) > 1:
                 return f"they have different values of {name}; unify_scales=True requantises them"

@@ -11,7 +11,7 @@ from ...errors import ArgumentError, nearest
 from ...launch import Plain
 from ...op import Backend, Refusal, op
 from ..quant import dequantize, quantize
-from ..quant.layout import swizzled_shape
+from ..quant.layout import refuse_layout, stored_shape
 from ..quant.scheme import Scheme
 from ..rows import known, static, triton_backend
 from . import OUTPUTS, SUMMED
@@ -108,6 +108,8 @@ def _check(
     for name, codes, scale, kind, relative in named:
         if codes.dtype != kind.code_dtype:
             raise wrong(f"{name} is {codes.dtype}", f"{kind} has {kind.code_dtype}")
+        if isinstance(codes.shape[0], int) and (reason := refuse_layout(codes.shape[0], kind.layout)):
+            raise wrong(f"{name} cannot be {kind}", f"As {reason}")
         wanted = scale_shape(codes, kind)
         if scale.dtype != kind.stored_scale_dtype or tuple(scale.shape) != wanted:
             raise wrong(
@@ -129,7 +131,7 @@ def scale_shape(codes: torch.Tensor, kind: Scheme) -> tuple[Any, Any]:
     group = group_of(kind)
     assert group is not None
     shape = ((rows + 127) // 128 if kind.granularity == "block128" else rows, (k + group - 1) // group)
-    return swizzled_shape(*shape) if kind.layout == "swizzled" else shape
+    return stored_shape(shape, kind.layout)  # type: ignore[return-value]
 
 
 def _plan_cublas(

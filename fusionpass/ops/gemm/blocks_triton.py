@@ -177,6 +177,9 @@ def plan(
     kinds = Scheme.parse(a_scheme), Scheme.parse(b_scheme)
     scales = {"a_scale": a_scale, "b_scale": b_scale, "a_global": a_global_scale, "b_global": b_global_scale}
     depths = b.shape[1]
+    for name, kind in (("a", kinds[0]), ("b", kinds[1])):
+        if kind.layout in ("trtllm", "deepgemm"):
+            return f"{name} lies as {kind.layout} wants it, which repack_linears_ made so"
     if reason := _refuse(arch, kinds[0], {"a": a, "b": b, **scales, "bias": bias}, depths):
         return reason
     rows, columns = static(a.shape[0]), b.shape[0]
