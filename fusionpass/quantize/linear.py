@@ -198,7 +198,7 @@ class QuantizedLinear(Shard):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """The linear layout, whatever the linear's own: a file does not depend on who computes its products."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if (layout := self.kind.weight.layout) != "linear":
             shape = linear_shape(self.kind.weight, self.out_features, self.in_features)
             names = prefix + "weight", prefix + "weight_scale"

@@ -1,6 +1,7 @@
 """Products of matrices whose scales change along K: blocks of FP8 and INT8, MXFP8, NVFP4."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..quant.layout import refuse_layout, stored_shape
 from ..quant.scheme import Scheme
 from ..rows import known, static, triton_backend
 from . import OUTPUTS, SUMMED
-from .dispatch import FEW, Request, why_not
+from .dispatch import FEW, Request, check_algorithm, named, why_not
 
 
 def _sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
@@ -39,6 +40,7 @@ def block_scaled_mm(
     b_global_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     out_dtype: str = "bfloat16",
+    algo: str = "auto",
 ) -> torch.Tensor:
     """`dequantize(a) @ dequantize(b).T + bias` of two matrices of codes, summed in float32 and rounded once.
 
@@ -53,18 +55,22 @@ def block_scaled_mm(
         b_global_scale: what `b_scale` is relative to, likewise.
         bias: [N], floating point.
         out_dtype: "bfloat16", "float16" or "float32".
+        algo: "triton", "cublas", "deep_gemm", "flashinfer_trtllm", "flashinfer_cutlass", "flashinfer_cute_dsl",
+            "dequantize", or "auto", the first that can; `dispatch.choose` says why the others cannot.
 
     Returns:
         [M, N], contiguous. MXFP8 by way of bfloat16: `code * scale` is exact there from 2**-126 to 2**127.
 
     Raises:
-        ArgumentError: schemes, shapes, layouts or dtypes do not fit.
+        ArgumentError: schemes, shapes, layouts or dtypes do not fit, there is no such algorithm, or it was named and
+            cannot compute this.
 
     Source: the products of the OCP Microscaling specification 1.0 (6.2) and of DeepSeek-V3's report (arXiv:2412.19437,
         3.3.2), with float32 sums.
     """
     kinds = Scheme.parse(a_scheme), Scheme.parse(b_scheme)
     _check(a, b, a_scale, b_scale, kinds, (a_global_scale, b_global_scale), bias, out_dtype)
+    check_algorithm(_request(a, b, kinds[1], out_dtype), algo, a.device)
     x = _dequantized(a, a_scale, kinds[0], a_global_scale)
     w = _dequantized(b, b_scale, kinds[1], b_global_scale)
     return F.linear(x, w, None if bias is None else bias.float()).to(OUTPUTS[out_dtype])
@@ -134,7 +140,29 @@ def scale_shape(codes: torch.Tensor, kind: Scheme) -> tuple[Any, Any]:
     return stored_shape(shape, kind.layout)  # type: ignore[return-value]
 
 
-def _plan_cublas(
+def kind_of(kind: Scheme) -> str:
+    """What is multiplied, as `dispatch` has it, by the scheme of either operand."""
+    if kind.packed:
+        return "nvfp4"
+    if group_of(kind) == 32:
+        return "mxfp8"
+    return "int8_block128" if kind.dtype == torch.int8 else "fp8_block128"
+
+
+def _request(a: torch.Tensor, b: torch.Tensor, kind: Scheme, out_dtype: str) -> Request:
+    k = b.shape[1] * (2 if kind.packed else 1)
+    return Request(kind_of(kind), static(a.shape[0]), b.shape[0], k, out_dtype, kind.layout)
+
+
+def request_of(
+    a: torch.Tensor, b: torch.Tensor, b_scheme: str = "fp8_block128", out_dtype: str = "bfloat16", **_: Any
+) -> Request | None:
+    """The request that the op's arguments are; None where a size of the weight is symbolic."""
+    sizes = isinstance(b.shape[0], int) and isinstance(b.shape[1], int)
+    return _request(a, b, Scheme.parse(b_scheme), out_dtype) if sizes else None
+
+
+def plan_cublas(
     arch: Arch,
     a: torch.Tensor,
     b: torch.Tensor,
@@ -212,5 +240,16 @@ def _by_cublas(**arguments: Any) -> torch.Tensor:
     return y[:rows] if missing else y
 
 
-block_scaled_mm.backends.append(Backend("cublas", _plan_cublas))
-block_scaled_mm.backends.append(triton_backend(f"{__package__}.blocks_triton", "plan"))
+def _library(name: str) -> Backend:
+    """The backend of an algorithm that is in `libraries.PLANS`. DeepGEMM is for who names it: it was not measured."""
+
+    def plan(arch: Arch, **arguments: Any) -> Plain | str:
+        found: Callable[..., Plain | str] = import_module(f"{__package__}.libraries").PLANS[name]
+        return found(arch, **arguments)
+
+    return named(Backend(name, plan), request_of, name != "deep_gemm")
+
+
+_LIBRARIES = ("flashinfer_trtllm", "flashinfer_cute_dsl", "flashinfer_cutlass", "cublas", "deep_gemm")
+_TRITON = triton_backend(f"{__package__}.blocks_triton", "plan")
+block_scaled_mm.backends += [*map(_library, _LIBRARIES), named(_TRITON, request_of)]

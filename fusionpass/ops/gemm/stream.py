@@ -12,7 +12,7 @@ from ...tuning.names import no_power_of_two
 from ...tuning.store import choose
 from ..rows import known, static
 from . import OUTPUTS, is_single
-from .dispatch import Request, why_not
+from .dispatch import Request, kind_of_codes, why_not
 from .kernel import split_kernel, stream_kernel
 
 SUMMED = 128
@@ -106,9 +106,7 @@ def _kind(a: torch.Tensor, a_scale: torch.Tensor | None, b_scale: torch.Tensor |
     """What is multiplied, as `dispatch` has it."""
     if a_scale is None or b_scale is None:
         return "bf16_fp32"
-    if a.dtype == torch.int8:
-        return "int8_row"
-    return "fp8_tensor" if is_single(a_scale) and is_single(b_scale) else "fp8_row"
+    return kind_of_codes(a, is_single(a_scale) and is_single(b_scale))
 
 
 class Weight(NamedTuple):

@@ -11,9 +11,9 @@ import triton
 from ...arch import Arch
 from ...launch import Empty, Late, Launch
 from ...tuning.store import choose
-from ..gemm.blocks import group_of
+from ..gemm.blocks import group_of, kind_of
 from ..gemm.blocks_kernel import block_kernel
-from ..gemm.blocks_triton import REACH, Cut, kind_of, named, native, refuse_cut
+from ..gemm.blocks_triton import REACH, Cut, named, native, refuse_cut
 from ..quant.scheme import Scheme
 from ..quant.triton import plan_quantize
 from ..rows import known, static

@@ -78,12 +78,14 @@ def shuffled(matrix: torch.Tensor) -> torch.Tensor:
 
     Source: FlashInfer's `shuffle_matrix_a` for tiles of 128 rows.
     """
-    return matrix.unflatten(0, (-1, 8, 4)).transpose(1, 2).flatten(0, 2)
+    blocks: torch.Tensor = matrix.unflatten(0, (-1, 8, 4))
+    return blocks.transpose(1, 2).flatten(0, 2)
 
 
 def unshuffled(matrix: torch.Tensor) -> torch.Tensor:
     """The inverse of `shuffled`."""
-    return matrix.unflatten(0, (-1, 4, 8)).transpose(1, 2).flatten(0, 2)
+    blocks: torch.Tensor = matrix.unflatten(0, (-1, 4, 8))
+    return blocks.transpose(1, 2).flatten(0, 2)
 
 
 def exponents_packed(scales: torch.Tensor) -> torch.Tensor:
