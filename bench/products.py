@@ -57,14 +57,19 @@ def grid_of(rows: int, columns: int) -> list[Cut]:
         # Nothing is staged where products are made one by one.
         grid = itertools.product((2, 4, 8), (512, 1024, 2048, 4096), (1,), (1, 2, 4, 8), (1,))
         return [cut for cut in (Cut(*parts) for parts in grid) if 2048 <= cut.columns * cut.depth <= 16384]
-    grid = itertools.product((32, 64, 128), (128, 256, 512), (1, 2, 3, 4), (2, 4, 8), (3, 4, 6))
+    grid = itertools.product((32, 64, 128), (128, 256, 512), (1, 2, 3, 4), (2, 4, 8), (3, 4, 6), (1,))
+    # The same tile of fewer columns, whose K is read in parts side by side: as many programs as a split gives.
+    beside = ((64 // n, depth, splits, 4, stages, n) for n in (2, 4) for depth in (128, 256, 512)
+              for splits in (1, 2) for stages in (3, 4, 6))  # fmt: skip
+    found = (Cut(*parts) for parts in itertools.chain(grid, beside))
     return [
         cut
-        for cut in (Cut(*parts) for parts in grid)
-        if 49152 <= cut.columns * cut.depth * cut.stages <= 131072
-        and cut.warps == cut.columns // 16
+        for cut in found
+        if 49152 <= cut.columns * cut.parts * cut.depth * cut.stages <= 131072
+        and cut.warps == cut.columns * cut.parts // 16
         and (cut.splits == 1 or columns / cut.columns < 264)
         and columns / cut.columns * cut.splits >= 96
+        and cut.stages * cut.parts * cut.depth * (cut.columns + max(16, rows)) <= 220 << 10
     ]
 
 
