@@ -1,10 +1,13 @@
 """block_scaled_mm: what it computes, what its kernel refuses, and the code of that for targets that are not here."""
 
+import inspect
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -15,6 +18,7 @@ from fusionpass.arch import Arch
 from fusionpass.errors import ArgumentError, SchemeError
 from fusionpass.launch import Late, Launch, Plain
 from fusionpass.ops import block_scaled_mm, dequantize
+from fusionpass.ops.gemm.blocks_kernel import _e2m1_times
 from fusionpass.session import Session
 from tests.blocks import KERNEL, KINDS, LIBRARIES, backend, exact, product_of
 from tests.fake_gpu import codegen, needs_cuda_build
@@ -157,6 +161,74 @@ def test_compiles_and_does_not_spill(name: str, kind: str, rows: int) -> None:
         codes = {"fp8": "f32.e4m3.e4m3", "mxfp8_swizzled": "f32.bf16.bf16", "nvfp4": "f32.f16.f16"}[kind]
         tall = 16 if rows <= 64 else 64 if kind == "fp8" else 128
         assert re.search(rf"wgmma\.mma_async\.sync\.aligned\.m64n{tall}k\d+\.{codes}", text)
+
+
+def run_ptx(text: str, registers: dict[str, int]) -> None:
+    """The few instructions that unpacking has, on 32-bit registers."""
+
+    def value(name: str) -> int:
+        return registers[name] if name in registers else int(name, 0)
+
+    def half(bits: int) -> np.float16:
+        return np.array(bits & 0xFFFF, np.uint16).view(np.float16)[()]
+
+    for line in re.findall(r"^\s*((?:prmt|shl|and|lop3|mul)[^;]*);", text, re.MULTILINE):
+        name, _, rest = line.partition(" ")
+        into, *given = (part.strip() for part in rest.split(","))
+        numbers = [value(part) for part in given]
+        if name == "prmt.b32":
+            source = numbers[0].to_bytes(4, "little") + numbers[1].to_bytes(4, "little")
+            chosen = [source[numbers[2] >> 4 * i & 7] for i in range(4)]
+            registers[into] = int.from_bytes(chosen, "little")
+        elif name == "shl.b32":
+            registers[into] = numbers[0] << numbers[1] & 0xFFFFFFFF
+        elif name == "and.b32":
+            registers[into] = numbers[0] & numbers[1]
+        elif name == "lop3.b32":
+            assert numbers[3] == (0xF0 & 0xCC | 0xAA)
+            registers[into] = numbers[0] & numbers[1] | numbers[2]
+        else:
+            assert name == "mul.rn.f16x2"
+            products = [half(numbers[0] >> s) * half(numbers[1] >> s) for s in (0, 16)]
+            both = [int(np.float16(product).view(np.uint16)) for product in products]
+            registers[into] = both[0] | both[1] << 16
+
+
+def test_packed_codes_by_words() -> None:
+    """Every byte with every scale: what the PTX makes of it, exactly."""
+    (text,) = re.findall(r'"""\n(\s*\{.*?)"""', inspect.getsource(_e2m1_times.fn), re.DOTALL)
+    magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    table = [*magnitudes, *(-m for m in magnitudes)]
+    scales = torch.arange(0, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    for scale in [*scales[1:9].tolist(), *scales[9::13].tolist(), 448.0]:
+        by = int(np.float16(scale * 128).view(np.uint16)) * 0x10001
+        for first in range(0, 256, 4):
+            registers = {"$4": int.from_bytes(bytes(range(first, first + 4)), "little"), "$5": by, "$6": by}
+            run_ptx(text, registers)
+            for name, shift in (("$0", 0), ("$2", 4)):
+                packed = [registers[name], registers["$1" if name == "$0" else "$3"]]
+                got = np.array(packed, np.uint32).view(np.float16).astype(np.float64)
+                wanted = [table[byte >> shift & 15] * scale / 128 for byte in range(first, first + 4)]
+                assert got.tolist() == wanted
+                assert [np.signbit(x) for x in got] == [byte >> shift >> 3 & 1 for byte in range(first, first + 4)]
+
+
+def test_who_unpacks_by_words() -> None:
+    """Where PTX is written and the matrix units do not take the codes themselves."""
+    found = {
+        (name, kind, rows): plan(name, product_of(kind, rows, 512, 512))[0].all[0].args["WORDS"]
+        for name in NVIDIA
+        for kind in ("nvfp4", "mxfp8")
+        for rows in (1, 8, 512)
+    }
+    wanted = {("sm_90", rows) for rows in (1, 8, 512)} | {(name, 1) for name in NVIDIA} | {
+        ("sm_100", 8), ("sm_103", 8),
+    }  # fmt: skip
+    newer = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+    wanted |= set() if newer else {("sm_121", 8), ("sm_121", 512)}
+    wanted -= {("sm_89", 1)}
+    assert {(name, rows) for (name, kind, rows), words in found.items() if words} == wanted
+    assert not any(words for (_, kind, _), words in found.items() if kind == "mxfp8")
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,11 @@ def native(arch: Arch, kind: Scheme, cut: Cut) -> bool:
     return arch.capability in (120, 121) or (arch.name == "gfx950" and not kind.packed)
 
 
+def by_words(arch: Arch, kind: Scheme, cut: Cut) -> bool:
+    """Whether packed codes are unpacked by PTX, two an instruction; the interpreter of tests has none for sm_89."""
+    return kind.packed and arch.capability >= 90 and (cut.rows == 1 or not native(arch, kind, cut))
+
+
 def table_key(kind: str, columns: int, k: int) -> dict[str, object]:
     """What tables are for: those of blocks are named as other systems name theirs.
 
@@ -223,6 +228,7 @@ def plan(
             "SHARED": 128 if kinds[1].granularity == "block128" else 1,
             "WIDE": None if by_sum else wide,
             "NATIVE": native(arch, kinds[0], cut),
+            "WORDS": by_words(arch, kinds[0], cut),
             "EVEN": depths % cut.depth == 0,
             "ROWS": cut.rows,
             "COLUMNS": cut.columns,

@@ -13,7 +13,7 @@ from ...launch import Empty, Late, Launch
 from ...tuning.store import choose
 from ..gemm.blocks import group_of, kind_of
 from ..gemm.blocks_kernel import block_kernel
-from ..gemm.blocks_triton import REACH, Cut, named, native, refuse_cut
+from ..gemm.blocks_triton import REACH, Cut, by_words, named, native, refuse_cut
 from ..quant.scheme import Scheme
 from ..quant.triton import plan_quantize
 from ..rows import known, static
@@ -276,12 +276,12 @@ def _product(
 ) -> Launch:
     """The launch of one of the two products."""
     a, b, a_scale, b_scale = (operands[name] for name in ("a", "b", "a_scale", "b_scale"))
-    group, wide, own = 0, None, False
+    group, wide, own, words = 0, None, False, False
     if scheme and (shared_by := group_of(Scheme.parse(scheme))) is not None:
         kind = Scheme.parse(scheme)
         group = shared_by // (2 if kind.packed else 1)
         wide = None if group == 128 else triton.language.float16 if kind.packed else triton.language.bfloat16
-        own = native(arch, kind, cut)
+        own, words = native(arch, kind, cut), by_words(arch, kind, cut)
     depths = b.shape[2]
     # Triton 3.6 cannot stage two products of unpacked codes at once in tensor memory.
     stages = 1 if act and wide is not None and arch.capability in (100, 103) else cut.stages
@@ -313,6 +313,7 @@ def _product(
             "B_SWIZZLED": False,
             "WIDE": wide,
             "NATIVE": own,
+            "WORDS": words,
             "SUMMED": min(128, cut.depth),
             "EVEN": depths % cut.depth == 0,
             "ROWS": cut.rows,
