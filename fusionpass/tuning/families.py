@@ -103,8 +103,8 @@ def _stream_space(arch: Arch, key: Key) -> Iterator[stream.Cut]:
         yield stream.Cut(*parts)
     for columns, depth, splits, stages in itertools.product((32, 64, 128), (128, 256, 512), (1, 2, 3, 4, 8), (3, 4, 6)):
         yield stream.Cut(columns, depth, splits, columns // 16, stages)
-    for parts, depth, splits, stages in itertools.product((2, 4), (128, 256, 512), (1, 2), (3, 4, 6)):
-        yield stream.Cut(64 // parts, depth, splits, 4, stages, parts)
+    for beside, depth, splits, stages in itertools.product((2, 4), (128, 256, 512), (1, 2), (3, 4, 6)):
+        yield stream.Cut(64 // beside, depth, splits, 4, stages, beside)
 
 
 def _stream_footprint(arch: Arch, key: Key, m: int, cut: stream.Cut) -> Footprint | str:

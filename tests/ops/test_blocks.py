@@ -106,6 +106,8 @@ def test_what_the_kernel_refuses() -> None:
     assert plan("sm_90", {**arguments, "a": wide})[1] == "triton: a has strides (512, 2), not contiguous rows"
     other = arguments["b_scale"].to("meta")
     assert plan("sm_90", {**arguments, "b_scale": other})[1] == "triton: b_scale is on meta, a on cpu"
+    shuffled = {**product_of("mxfp8", 128, 128, 256), "a_scheme": "mxfp8,layout=trtllm"}
+    assert plan("sm_90", shuffled)[1] == "triton: a lies as trtllm wants it"
     empty = {name: arguments[name][:, :0] for name in ("a", "b", "a_scale", "b_scale")}
     assert plan("sm_90", {**arguments, **empty})[1] == "triton: K is 0"
 
@@ -137,6 +139,8 @@ def test_symbolic_sizes() -> None:
         assert plan("sm_90", {**arguments, "b": fake("b", dim)})[1] == "triton: the size of the weight is symbolic"
         cublas = backend("cublas")(H100, **{**arguments, "b": fake("b", dim)})
         assert cublas == "the size of the weight is symbolic"
+        library = backend("flashinfer_cutlass")(H100, **{**arguments, "b": fake("b", dim)})
+        assert library == "the size of the weight is symbolic"
     assert not environment.guards
 
 

@@ -156,6 +156,8 @@ def test_cublas_knows_blocks_from_some_target_on() -> None:
         for kind, layout in (("fp8_block128", "linear"), ("mxfp8", "swizzled"), ("nvfp4", "swizzled"))
     }
     assert able["fp8_block128"] == {"sm_90"}
+    packed = Request("fp8_block128", 80, 4096, 4096, layout="deepgemm")
+    assert why_not(Arch("sm_90"), packed, "cublas") == "w lies deepgemm, not linear: repack_linears_ changes that"
     unknown = Request("fp8_block128", None, 4096, 4096)
     assert why_not(Arch("sm_90"), unknown, "cublas") == "the number of rows is symbolic"
     assert able["mxfp8"] == able["nvfp4"] == {name for name in FP8 if name not in ("sm_89", "sm_90", "gfx950")}

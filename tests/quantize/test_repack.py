@@ -90,6 +90,9 @@ def test_layouts_that_do_not_fit() -> None:
         quantize(torch.ones(130, 32), scheme="mxfp8,layout=trtllm")
     with pytest.raises(SchemeError, match=r"packs exponents\. Add scale_dtype=float8_e8m0fnu"):
         quantize(torch.ones(2, 128), scheme="fp8_group128,layout=deepgemm")
+    arguments = quantize.bind((torch.ones(128, 32), None, "mxfp8,layout=trtllm"), {})
+    told = "triton: the layout 'trtllm' is for weights, which no kernel quantises"
+    assert quantize.plan(fusionpass.Arch("sm_90"), arguments) == (None, told)
     w, s = quantize(torch.ones(130, 32), scheme="mxfp8,layout=swizzled")
     with pytest.raises(SchemeError, match="it has 130 rows"):
         QuantizedLinear(w, s, scheme="mxfp8/mxfp8,layout=trtllm")

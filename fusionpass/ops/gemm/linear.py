@@ -7,10 +7,10 @@ import torch
 
 from ...arch import Arch
 from ...errors import ArgumentError
-from ...launch import Late, Launch, Plain
+from ...launch import Plain
 from ...op import Backend, Tolerance, op
-from ..rows import static
-from .dispatch import Request, check_algorithm, named, why_not
+from ..rows import static, triton_backend
+from .dispatch import Request, check_algorithm, named
 
 _KIND = "bf16_fp32"
 
@@ -62,24 +62,12 @@ def request_of(x: torch.Tensor, w: torch.Tensor, **_: Any) -> Request | None:
 
 
 def _plan_deep_gemm(arch: Arch, x: torch.Tensor, w: torch.Tensor) -> Plain | str:
-    request = request_of(x, w)
-    if request is None:
-        return _SYMBOLIC
-    return why_not(arch, request, "deep_gemm") or Plain(_by_deep_gemm, traced=False)
+    """DeepGEMM's call, which was named, so that `named` has asked the table of choices."""
+    if request_of(x, w) is None:
+        return "the size of the weight is symbolic"
+    return Plain(_by_deep_gemm, traced=False)
 
 
-def _plan(arch: Arch, x: torch.Tensor, w: torch.Tensor) -> Launch | Late | str:
-    """The launches that run it where few rows read the weights, or why there are none."""
-    request = request_of(x, w)
-    if request is None:
-        return _SYMBOLIC
-    if reason := why_not(arch, request, "triton"):
-        return reason
-    from .stream import plan_linear
-
-    return plan_linear(arch, x, w)
-
-
-_SYMBOLIC = "the weight is of symbolic size, and the choice depends on it"
-linear_bf16_fp32.backends.append(named(Backend("triton", _plan), request_of))
+_TRITON = triton_backend(f"{__package__}.stream", "plan_linear")
+linear_bf16_fp32.backends.append(named(_TRITON, request_of))
 linear_bf16_fp32.backends.append(named(Backend("deep_gemm", _plan_deep_gemm), request_of, asked=False))
