@@ -1,13 +1,15 @@
-"""Time products of quantised matrices beside cuBLAS and a copy: `python -m bench.gemm --help`.
+"""Time products of quantised matrices, every way there is to compute them: `python -m bench.gemm --help`.
 
-Weights are rotated past the L2, as those of a model's layers are. What bounds few rows is the copy of as many bytes as
-the weight has; what bounds many, the matrix units, so that TFLOP/s are stated, too.
+Weights are rotated past the L2, as those of a model's layers are. What bounds few rows is memory, measured as a copy of
+as many bytes in the same run; what bounds many, the matrix units' published rate. Each cell is written when it is done,
+so that a run that is broken off can be taken up.
 """
 
 import argparse
 import itertools
-import statistics
-from collections.abc import Callable
+import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,196 +17,137 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fusionpass.launch import Launch
-from fusionpass.op import Op
-from fusionpass.ops import block_scaled_mm, scaled_mm
-from fusionpass.ops.gemm.blocks_triton import table_key
-from fusionpass.ops.gemm.stream import Cut
-from fusionpass.tuning.families import TUNABLES
-from fusionpass.tuning.timing import cold_sets, launch_call, time_calls, warm_up
+from fusionpass.tuning.timing import warm_up
 
-from .implementations import compile_apart, search, with_cut
-from .machine import require_gpu, results_folder, save
+from .implementations import compile_apart
+from .machine import facts, require_gpu, results_folder
+from .products import BLOCKS, SCHEMES, SHAPES, grid_of, launch_of, measure, shapes_of
 
-SHAPES = {
-    "qwen3_8b": [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)],
-    "llama3_70b": [(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)],
-    "deepseek_v3": [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048)],
-}
-"""[N, K] of a layer's products, projections that share an input packed."""
-BLOCKS = {
-    "fp8_group128": "fp8_block128", "int8_group128": "int8_block128", "mxfp8": "mxfp8", "nvfp4": "nvfp4",
-}  # fmt: skip
-"""The scheme of the weight by that of the input, where scales change along K."""
-SCHEMES = ("fp8_token", "fp8_static", "int8_token", *BLOCKS)
+ROWS = (1, 8, 32, 64, 128, 512, 2048, 8192)
+KEY = ("scheme", "rows", "columns", "k")
 
 
-def grid_of(rows: int, columns: int) -> list[Cut]:
-    """Those that `--search` tries: tiles of 2 to 32 KiB, 48 KiB of them or more in flight on each multiprocessor."""
-    if rows == 1:
-        # Nothing is staged where products are made one by one.
-        grid = itertools.product((2, 4, 8), (512, 1024, 2048, 4096), (1,), (1, 2, 4, 8), (1,))
-        return [cut for cut in (Cut(*parts) for parts in grid) if 2048 <= cut.columns * cut.depth <= 16384]
-    grid = itertools.product((32, 64, 128), (128, 256, 512), (1, 2, 3, 4), (2, 4, 8), (3, 4, 6))
-    return [
-        cut
-        for cut in (Cut(*parts) for parts in grid)
-        if 49152 <= cut.columns * cut.depth * cut.stages <= 131072
-        and cut.warps == cut.columns // 16
-        and (cut.splits == 1 or columns / cut.columns < 264)
-        and columns / cut.columns * cut.splits >= 96
-    ]
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gemm", description=__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES], default=[*SHAPES])
+    parser.add_argument(
+        "--rows", nargs="+", type=int, default=[1, 8, 32, 64], help=f"--all: {' '.join(map(str, ROWS))}"
+    )
+    parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=["fp8_token"])
+    parser.add_argument("--all", action="store_true", help="every scheme, at 1 to 8192 rows")
+    parser.add_argument("--search", action="store_true", help="try every cut, too")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="after which no further cell is begun")
+    parser.add_argument("--resume", action="store_true", help="leave out cells that the file has of this commit")
+    parser.add_argument("--file", default="gemm.json", help="in the folder (gemm.json)")
+    parser.add_argument("--out", type=Path, help="folder; default bench/results/<device>")
+    parser.add_argument("--commit", help="where the checkout cannot say it")
+    options = parser.parse_args()
+    if options.all:
+        options.rows, options.scheme = [*ROWS], [*SCHEMES]
+    return options
 
 
-def arguments(rows: int, columns: int, k: int, scheme: str) -> dict[str, Any]:
-    """Random codes whose scales make a product of about one."""
-    if scheme in BLOCKS:
-        key = table_key(BLOCKS[scheme], columns, k)
-        made = TUNABLES["block_scaled_mm"].arguments(key, rows, torch.bfloat16, "cuda", None)
-        return block_scaled_mm.bind((), made)
-    dtype = torch.int8 if scheme == "int8_token" else torch.float8_e4m3fn
-    a, b = (torch.randn(n, k, device="cuda").mul(30).to(dtype) for n in (rows, columns))
-    sizes: Any = [(), ()] if scheme == "fp8_static" else [(rows, 1), (1, columns)]
-    scales = [torch.rand(size, device="cuda").add(0.5) / 30 / k**0.25 for size in sizes]
-    return scaled_mm.bind((a, b.t(), *scales), {})
+def cells_of(options: argparse.Namespace) -> list[tuple[str, int, int, int]]:
+    """Those that are asked for, few rows first: a budget then leaves out what takes longest."""
+    shapes = shapes_of(options.shapes)
+    return [(scheme, rows, *shape) for rows, scheme, shape in itertools.product(options.rows, options.scheme, shapes)]
 
 
-CONFIGURE = {
-    scaled_mm: "fusionpass.ops.gemm.stream.configure",
-    block_scaled_mm: "fusionpass.ops.gemm.blocks_triton.configure",
-}
-
-
-def op_of(scheme: str) -> Op:
-    """What multiplies codes of a scheme."""
-    return block_scaled_mm if scheme in BLOCKS else scaled_mm
-
-
-def check(given: dict[str, Any], got: torch.Tensor) -> None:
-    """Require `got` to be the product, to one rounding of bfloat16 and the order of a float32 sum.
-
-    Raises:
-        AssertionError: it is not.
-    """
-    if "a_scheme" in given:
-        expected = block_scaled_mm.reference(**{**given, "out_dtype": "float32"})
-        assert (got.float() - expected).norm() <= 3e-3 * expected.norm()
-        return
-    a, b = given["a"].double(), given["b"].double()
-    scales = given["a_scale"].double() * given["b_scale"].double()
-    expected, terms = (a @ b) * scales, (a.abs() @ b.abs()) * scales
-    assert ((got.double() - expected).abs() <= 2.0**-8 * expected.abs() + a.shape[1] * 2.0**-24 * terms).all()
-
-
-def launch_of(rows: int, columns: int, k: int, scheme: str, cut: Cut | None) -> Launch:
-    """The launch on arguments of its own."""
-    op = op_of(scheme)
-    return with_cut(op, arguments(rows, columns, k, scheme), CONFIGURE[op], cut)
-
-
-def cublas(given: dict[str, Any]) -> Callable[[], torch.Tensor]:
-    """PyTorch's own product of these codes, or the reason why there is none."""
-    if "a_scheme" not in given:
-        return lambda: scaled_mm.reference(**given)
-    # cuBLAS wants the scales of a group of all rows next to one another; those of blocks of the weight as they are.
-    a_scale = given["a_scale"].t().contiguous().t()
-    return lambda: torch._scaled_mm(given["a"], given["b"].t(), a_scale, given["b_scale"].t(), out_dtype=torch.bfloat16)
-
-
-def measure(rows: int, columns: int, k: int, scheme: str, cuts: list[Cut]) -> dict[str, Any]:
-    """Microseconds of each way to multiply such matrices, and the best cut where some are searched."""
-    size, op = torch.cuda.get_device_properties(0).L2_cache_size, op_of(scheme)
-    stored = columns * k // (2 if scheme == "nvfp4" else 1)
-    sets = cold_sets(stored, size) or 1
-    given = [arguments(rows, columns, k, scheme) for _ in range(sets)]
-    source = [torch.empty(stored // 2, dtype=torch.uint8, device="cuda") for _ in range(2 * sets)]
-
-    def copied(i: int) -> None:
-        source[2 * i].copy_(source[2 * i + 1])
-
-    def timed(call: Callable[[int], Any]) -> float:
-        return statistics.median(time_calls(call, sets))
-
-    def of(cut: Cut | None) -> float:
-        call = launch_call([with_cut(op, one, CONFIGURE[op], cut) for one in given])
-        check(given[0], call(0)[0])
-        return timed(call)
-
-    cell: dict[str, Any] = {"rows": rows, "columns": columns, "k": k, "scheme": scheme}
-    cell["copy"] = timed(copied)
-    calls = [cublas(one) for one in given]
-    try:
-        check(given[0], calls[0]())
-        cell["cublas"] = timed(lambda i: calls[i]())
-    except (RuntimeError, AssertionError) as error:
-        cell["cublas_fails"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    cell["fusionpass"] = of(None)
-    cell |= search(of, cuts)
-    cell["tflops"] = 2e-6 * rows * columns * k / cell["fusionpass"]
-    return {name: round(v, 3) if isinstance(v, float) else v for name, v in cell.items()}
+def kept(file: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The cells of the file that were measured as these would be."""
+    if not options.resume or not file.exists():
+        return []
+    old, said = json.loads(file.read_text()), facts(options.commit)
+    return old["cells"] if all(old.get(name) == value for name, value in said.items()) else []
 
 
 def main() -> None:
     """Parse the options, time every cell, write the JSON and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gemm", description=__doc__)
-    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES], default=[*SHAPES])
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32, 64])
-    parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=["fp8_token"])
-    parser.add_argument("--search", action="store_true", help="try every cut, too")
-    parser.add_argument("--out", type=Path, help="folder; default bench/results/<device>")
-    parser.add_argument("--commit", help="where the checkout cannot say it")
-    options = parser.parse_args()
+    options = parse()
     require_gpu()
-    warm_up()
+    began = time.monotonic()
     if options.search and set(options.scheme) & {*BLOCKS}:
-        parser.error("--search is for scales of rows and of whole matrices")
+        raise SystemExit("bench.gemm: --search is for scales of rows and of whole matrices")
+    warm_up()
     if options.search:
         first = SHAPES[options.shapes[0]][0]
         each = itertools.product(options.rows, [first], options.scheme)
         compile_apart(
             launch_of, [(rows, *first, scheme, cut) for rows, _, scheme in each for cut in grid_of(rows, 4096)]
         )
-    cells = []
-    for scheme, name, rows in itertools.product(options.scheme, options.shapes, options.rows):
-        for columns, k in SHAPES[name]:
-            cells.append(measure(rows, columns, k, scheme, grid_of(rows, columns) if options.search else []))
-            torch.cuda.empty_cache()
-    save(results_folder(options.out) / "gemm.json", options, cells=cells)
-    Console().print(table(cells))
+    file = results_folder(options.out) / options.file
+    cells = kept(file, options)
+    done = {tuple(cell[name] for name in KEY) for cell in cells}
+    todo = [cell for cell in cells_of(options) if cell not in done]
+    budget, console, left = options.budget or math.inf, Console(), []
+    for cell in todo:
+        if time.monotonic() - began > budget:
+            left.append(cell)
+            continue
+        scheme, rows, columns, k = cell
+        cells.append(measure(rows, columns, k, scheme, grid_of(rows, columns) if options.search else []))
+        torch.cuda.empty_cache()
+        said = {**facts(options.commit), "cells": cells}
+        file.write_text(json.dumps(said, indent=1) + "\n")
+    console.print(table(cells))
+    console.print(layers(cells, options.shapes))
+    if left:
+        console.print(f"left out for time: {len(left)} of {len(todo)} cells; --resume takes them up")
+
+
+def best_other(cell: dict[str, Any]) -> float | None:
+    """The least microseconds of another library."""
+    return min((us for name, us in cell["times"].items() if name != "triton"), default=None)
+
+
+def chosen(cell: dict[str, Any]) -> float | None:
+    """Microseconds of what the dispatch chooses."""
+    found: float | None = cell["times"].get(cell["auto"])
+    return found
 
 
 def table(cells: list[dict[str, Any]]) -> Table:
-    """Microseconds of each way, and the shares of a copy's speed."""
-    headings = (
-        "scheme",
-        "rows",
-        "N × K",
-        "copy",
-        "cuBLAS",
-        "fusionpass",
-        "% of copy",
-        "TFLOP/s",
-        "best cut",
-        "µs",
-        "%",
+    """Microseconds of each way, and the share of the limit that the dispatch's choice reaches."""
+    names = list(dict.fromkeys(name for cell in cells for name in cell["times"]))
+    made = Table(
+        "scheme", "rows", "N × K", "copy", *names, "chosen", "% of limit", "bound by", "TFLOP/s", "best cut", "µs"
     )
-    made = Table(*headings)
     for cell in cells:
-        share = [f"{100 * cell['copy'] / cell[way]:.1f}" if way in cell else "" for way in ("fusionpass", "best")]
+        us = chosen(cell)
+        share = f"{100 * cell['limit'] / us:.0f}" if us and "limit" in cell else ""
+        rate = f"{2e-6 * cell['rows'] * cell['columns'] * cell['k'] / us:.0f}" if us else ""
+        times = [f"{cell['times'][name]:.2f}" if name in cell["times"] else "" for name in names]
         cut = " ".join(f"{value}" for value in cell.get("cut", {}).values())
-        times = [f"{cell[way]:.2f}" if way in cell else "" for way in ("copy", "cublas", "fusionpass", "best")]
-        size = f"{cell['columns']} × {cell['k']}"
+        found = f"{cell['best']:.2f}" if "best" in cell else ""
         made.add_row(
-            cell["scheme"],
-            str(cell["rows"]),
-            size,
-            *times[:3],
-            share[0],
-            f"{cell.get('tflops', 0):.0f}",
-            cut,
-            times[3],
-            share[1],
-        )
+            cell["scheme"], str(cell["rows"]), f"{cell['columns']} × {cell['k']}", f"{cell['copy']:.2f}", *times,
+            cell["auto"], share, cell.get("bound", ""), rate, cut, found,
+        )  # fmt: skip
+    return made
+
+
+def layers(cells: list[dict[str, Any]], shapes: list[str]) -> Table:
+    """The products of a layer together: the dispatch's choice beside a copy of the weights and the best other."""
+    made = Table(
+        "scheme", "rows", "a layer of", "copy", "chosen", "% of copy", "best other", "times as fast", "best cuts %"
+    )
+    by_key = {tuple(cell[name] for name in KEY): cell for cell in cells}
+    for scheme, rows in dict.fromkeys((cell["scheme"], cell["rows"]) for cell in cells):
+        for name in shapes:
+            found = [by_key.get((scheme, rows, *shape)) for shape in SHAPES[name]]
+            whole = [cell for cell in found if cell is not None and chosen(cell) is not None]
+            if len(whole) < len(found):
+                continue
+            copy, ours = sum(cell["copy"] for cell in whole), sum(chosen(cell) or 0.0 for cell in whole)
+            others = [best_other(cell) for cell in whole]
+            other = sum(us for us in others if us is not None) if None not in others else None
+            best = sum(min(cell.get("best", math.inf), chosen(cell) or 0.0) for cell in whole)
+            searched = f"{100 * copy / best:.1f}" if any("best" in cell for cell in whole) else ""
+            beside = (f"{other:.1f}", f"{other / ours:.2f}") if other is not None else ("", "")
+            made.add_row(
+                scheme, str(rows), name, f"{copy:.1f}", f"{ours:.1f}", f"{100 * copy / ours:.1f}", *beside, searched
+            )
     return made
 
 

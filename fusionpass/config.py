@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +51,12 @@ class Config:
             is made; one that differs by more than the op's tolerance is not made, and the report says so. Slow.
         dump_dir: a folder for the graphs before and after each pass and the generated code.
         target: the target to plan kernels for; None: that of the traced inputs.
+        gemm: what computes products, by kind ({"mxfp8": "flashinfer_cutlass"}), instead of the first that can;
+            `fusionpass explain --gemm` lists both. What cannot compute one in the model is an error then.
         rules: spellings and folds of one's own, tried before the package's. Not settable by the environment.
 
-    Every field can be set by the environment as FUSIONPASS_<FIELD> (lists separated by commas); an argument wins.
+    Every field can be set by the environment as FUSIONPASS_<FIELD> (lists separated by commas, pairs as kind=name); an
+    argument wins.
 
     Raises:
         ConfigError: a value that does not exist.
@@ -73,6 +76,7 @@ class Config:
     verify: bool = False
     dump_dir: Path | None = None
     target: Arch | None = None
+    gemm: Mapping[str, str] = field(default_factory=dict, hash=False)
     rules: tuple["Spelling | Fold | Beside", ...] = ()
 
     def __post_init__(self) -> None:
@@ -99,6 +103,7 @@ class Config:
         target: object = self.target
         if target is not None and not isinstance(target, Arch):
             raise ConfigError(f"target={target!r} is not an Arch", "Config", 'Pass fusionpass.Arch("sm_90")')
+        object.__setattr__(self, "gemm", _algorithms(self.gemm))
         object.__setattr__(self, "rules", _checked(self.rules))
 
     @staticmethod
@@ -148,6 +153,23 @@ def _sizes(given: object) -> tuple[int, ...] | None:
     return tuple(sorted(set(sizes)))
 
 
+def _algorithms(given: object) -> dict[str, str]:
+    if not isinstance(given, Mapping) or not all(isinstance(part, str) for pair in given.items() for part in pair):
+        raise ConfigError(f"gemm={given!r} is not algorithms by kind", "Config", 'Pass {"fp8_block128": "triton"}')
+    if not given:
+        return {}
+    from .ops.gemm.dispatch import KINDS
+
+    for kind, name in given.items():
+        if kind not in KINDS:
+            raise ConfigError(f"gemm names {kind!r}, no kind of product", "Config", nearest(kind, KINDS))
+        if name not in ("auto", *KINDS[kind]):
+            raise ConfigError(
+                f"gemm names {name!r}, no algorithm of {kind}", "Config", nearest(name, ("auto", *KINDS[kind]))
+            )
+    return dict(given)
+
+
 def _checked(rules: object) -> tuple["Spelling | Fold | Beside", ...]:
     from .rule import Beside, Fold, Spelling
 
@@ -177,6 +199,9 @@ def _from_environment(fields: Iterable[str]) -> Config:
             values[name] = frozenset(part.strip() for part in text.split(",") if part.strip())
         elif name == "target":
             values[name] = Arch(text)
+        elif name == "gemm":
+            pairs = [part.partition("=") for part in text.split(",")]
+            values[name] = {kind.strip(): algorithm.strip() for kind, _, algorithm in pairs}
         elif name == "capture_sizes":
             values[name] = [int(part) if part.strip().isdecimal() else part for part in text.split(",")]
         elif name in ("graph_limit", "graph_memory"):

@@ -35,6 +35,10 @@ class ScaleError(FusionpassError):
     """A scale that is not positive, not finite, or of the wrong shape."""
 
 
+class LayoutError(FusionpassError):
+    """A layout of weights that does not exist, is not what is there, or would move memory that has to stay."""
+
+
 class CalibrationError(FusionpassError):
     """Calibration data is missing, or a linear never ran on it."""
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 
 from .errors import FusionpassError
 from .graphs import values
@@ -28,7 +29,9 @@ class Inference:
             known = self._known.get(key)
             if known is None:
                 try:
-                    results = op.reference(**vals)
+                    # Without it a pad by a symbolic size has no meta function.
+                    with enable_python_dispatcher():
+                        results = op.reference(**vals)
                     known = [_layout(t) for t in ([results] if op.single else results)]
                 except FusionpassError as error:
                     known = str(error)

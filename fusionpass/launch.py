@@ -34,13 +34,15 @@ class Late:
 
 @dataclass(frozen=True)
 class Plain:
-    """PyTorch's own call, which runs an op better than its reference does.
+    """A library's call, which runs an op better than its reference does.
 
     Args:
-        function: of the op's arguments by name; returns what the op returns. A graph has its nodes in the op's place.
+        function: of the op's arguments by name; returns what the op returns.
+        traced: it calls PyTorch alone, whose nodes a graph has in the op's place; else the op stays a call.
     """
 
     function: Callable[..., Any]
+    traced: bool = True
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ class Backend:
 
     Args:
         name: as in `Config.disable`, and in reports where it chose a library's call; a launch is "triton" there.
-        plan: `plan(arch, **arguments)`, a pure function: the launch, or the reason why this kernel cannot run it there.
+        plan: `plan(arch, **arguments)`, a pure function: the launch, or the reason why this kernel cannot run it there,
+            empty where it was never meant to.
             Tensors may be fake and sizes symbolic; `Late` where it is these sizes that decide, `Plain` for a library's.
     """
 
@@ -134,7 +135,7 @@ class Op:
                 planned = planned.without_pdl()
             if not isinstance(planned, str):
                 return planned, backend.name
-            reasons.append(f"{backend.name}: {planned}")
+            reasons += [f"{backend.name}: {planned}"] if planned else []
         return None, "; ".join(reasons) or "no kernel is registered for it"
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:

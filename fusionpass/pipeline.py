@@ -14,11 +14,11 @@ from .passes.cleanup import cleanup
 from .passes.exact import keep_reductions
 from .passes.fuse import fuse
 from .passes.heads import bring_together
-from .passes.layout import lay_out
+from .passes.layout import lay_out, lay_out_by_column
 from .passes.lower import lower
 from .passes.mixtures import mixtures
 from .passes.normalize import normalize
-from .passes.products import products
+from .passes.products import choose_algorithms, products
 from .passes.recognise import recognise
 from .report.nodes import node_records
 from .report.replay import main_of
@@ -49,8 +49,10 @@ def late(config: Config, trace: GraphTrace, parameters: frozenset[Node] = frozen
         share_heads(graph)
         bring_together(graph)
         products(graph, config.disable)
+        choose_algorithms(graph, config.gemm)
         fuse(graph, folds, trace, config.disable, config.verify)
         lay_out(graph)
+        lay_out_by_column(graph, config.target)
 
     return [
         ("fuse", fused),

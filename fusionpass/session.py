@@ -164,7 +164,8 @@ class Session:
         sources, options = source_digest(functions), inductor.options_digest()
         if sources is None or options is None:
             return None
-        choices = (sorted(config.disable), config.numerics, str(config.target), inductor.hardware(request.inputs))
+        gemm = sorted(config.gemm.items())
+        choices = (sorted(config.disable), gemm, config.numerics, str(config.target), inductor.hardware(request.inputs))
         return digest(*environment(), request.fingerprint.text, repr(choices), options, sources)
 
     def _load(self, key: str | None, request: Request, trace: GraphTrace) -> inductor.Compiled | None:

@@ -27,8 +27,14 @@ KINDS = {
     "nvfp4_swizzled": ("nvfp4,layout=swizzled", "nvfp4,layout=swizzled"),
 }
 """The schemes of both operands by a name."""
-KERNEL = frozenset({"cublas"})
+LIBRARIES = ("flashinfer_trtllm", "flashinfer_cute_dsl", "flashinfer_cutlass", "cublas", "deep_gemm")
+KERNEL = frozenset(LIBRARIES)
 """Disabled: what is asked for is our kernel."""
+
+
+def backend(name: str) -> Any:
+    """The plan of a backend of the op."""
+    return next(backend.plan for backend in block_scaled_mm.backends if backend.name == name)
 
 
 def operand(rows: int, k: int, scheme: str, generator: torch.Generator, device: str = "cpu") -> list[torch.Tensor]:

@@ -1,4 +1,5 @@
 import importlib
+import json
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -6,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from bench import gemm, products
 from bench.implementations import argument_sets, bound, bytes_moved, search
+from bench.machine import facts
 from fusionpass.arch import Arch
 from fusionpass.ops import add_rms_norm_quantize, attention, cache_write, qk_norm_rope_cache, silu_mul_quantize
 from fusionpass.ops.gemm.stream import Cut
@@ -105,3 +108,56 @@ def test_vllms_experts_stand_beside_where_they_can_be_imported(monkeypatch: pyte
     moe.vllm(given)({"x": "x", "weights": torch.ones(2, 2).bfloat16(), "ids": torch.zeros(2, 2, dtype=torch.int64)})
     ((x, up, down, weights, ids),) = called
     assert (x, up, down, weights.dtype, ids.dtype) == ("x", "up", "down", torch.float32, torch.int32)
+
+
+CELL = {
+    "scheme": "fp8_token", "columns": 4096, "k": 4096, "copy": 8.0, "auto": "triton", "absent": {},
+    "times": {"triton": 10.0, "cublas": 15.0}, "limit": 8.5, "bound": "bytes",
+}  # fmt: skip
+
+
+def test_products_of_a_layer_are_added_up():
+    shapes = products.SHAPES["qwen3_8b"]
+    cells = [{**CELL, "rows": 8, "columns": n, "k": k} for n, k in shapes]
+    made = gemm.layers(cells, ["qwen3_8b", "llama3_70b"])
+    (row,) = zip(*(column.cells for column in made.columns), strict=True)
+    assert row == ("fp8_token", "8", "qwen3_8b", "32.0", "40.0", "80.0", "60.0", "1.50", "")
+    searched = [{**cell, "best": 9.0, "cut": {"columns": 64}} for cell in cells]
+    (row,) = zip(*(column.cells for column in gemm.layers(searched, ["qwen3_8b"]).columns), strict=True)
+    assert row[-1] == "88.9"
+    # A layer of which a product is missing is none.
+    assert not gemm.layers(cells[1:], ["qwen3_8b"]).row_count
+    (row, *_) = zip(*(column.cells for column in gemm.table(cells).columns), strict=True)
+    assert row == ("fp8_token", "8", "6144 × 4096", "8.00", "10.00", "15.00", "triton", "85", "bytes", "40", "", "")
+
+
+def test_a_run_of_products_is_taken_up(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["bench.gemm", "--all", "--resume", "--commit", "abc"])
+    options = gemm.parse()
+    cells = gemm.cells_of(options)
+    assert len(cells) == len(set(cells)) == len(gemm.ROWS) * len(products.SCHEMES) * 15
+    assert [cell[1] for cell in cells] == sorted(cell[1] for cell in cells)
+    file = tmp_path / "gemm.json"
+    assert gemm.kept(file, options) == []
+    file.write_text(json.dumps({**facts("abc"), "cells": [CELL]}))
+    assert gemm.kept(file, options) == [CELL]
+    file.write_text(json.dumps({**facts("another"), "cells": [CELL]}))
+    assert gemm.kept(file, options) == []
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rows", "expected", "bound"),
+    [
+        # Codes of both, and a result of 16 bits, at the speed of the copy.
+        ("fp8_token", 1, 8.0 * (4096 + 4096**2 + 2 * 4096) / 4096**2, "bytes"),
+        ("nvfp4", 1, 8.0 * ((4096 + 4096**2) / 2 + 2 * 4096) / (4096**2 / 2), "bytes"),
+        ("fp8_group128", 8192, 2e-6 * 8192 * 4096**2 / 1979, "FLOPs"),
+        ("int8_token", 8192, 2e-6 * 8192 * 4096**2 / 1979, "FLOPs"),
+        ("mxfp8", 8192, 2e-6 * 8192 * 4096**2 / 989, "FLOPs"),
+    ],
+)
+def test_what_bounds_a_product(scheme, rows, expected, bound, monkeypatch):
+    monkeypatch.setattr(Arch, "of", lambda device: Arch("sm_90"))
+    assert products.limit(scheme, rows, 4096, 4096, 8.0) == (pytest.approx(expected), bound)
+    monkeypatch.setattr(Arch, "of", lambda device: Arch("sm_80"))
+    assert products.limit(scheme, rows, 4096, 4096, 8.0) is None

@@ -35,6 +35,7 @@ def test_defaults():
         "verify": False,
         "dump_dir": None,
         "target": None,
+        "gemm": {},
         "rules": (),
     }
     assert Config.make() == Config()
@@ -150,6 +151,7 @@ ENVIRONMENT = [
     ("GRAPH_MEMORY", "300", "graph_memory", 300),
     ("CACHE", "1", "cache", True),
     ("CACHE_DIR", "some/folder", "cache_dir", Path("some/folder")),
+    ("GEMM", "mxfp8=triton, nvfp4 = cublas", "gemm", {"mxfp8": "triton", "nvfp4": "cublas"}),
 ]
 
 
@@ -168,6 +170,8 @@ def test_environment(monkeypatch, variable, text, field, value):
     ("variable", "text", "error", "message"),
     [
         ("NUMERICS", "eagre", ConfigError, "Did you mean 'eager'"),
+        ("GEMM", "mxfp8", ConfigError, "gemm names '', no algorithm of mxfp8"),
+        ("GEMM", "mxfp=triton", ConfigError, "Did you mean 'mxfp8'"),
         ("VERIFY", "perhaps", ConfigError, "verify='perhaps' is not a bool"),
         ("ON_MISS", "fail", ConfigError, "on_miss='fail' does not exist"),
         ("DISABLE", "norm.lama", ConfigError, "Did you mean 'norm.llama'"),

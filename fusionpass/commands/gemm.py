@@ -14,6 +14,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rows", type=int, action="append", metavar="M", help="rows of x; several times (1, 64, 2048)")
     group.add_argument("--columns", type=int, default=4096, metavar="N", help="rows of w (4096)")
     group.add_argument("--k", type=int, default=4096, metavar="K", help="columns of both (4096)")
+    group.add_argument("--layout", default="linear", help="how a weight of blocks lies, see repack_linears_ (linear)")
     group.add_argument("--out-dtype", default="bfloat16", help="of the result (bfloat16)")
 
 
@@ -26,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..ops.gemm import OUTPUTS
     from ..ops.gemm.dispatch import KINDS, Request, choose, why_not
+    from ..quantize.repack import LAYOUTS
 
     arch = Arch(args.target) if args.target else Arch.of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for name in args.kind or ():
@@ -33,12 +35,14 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"there is no kind of product {name!r}", "--kind", nearest(name, KINDS))
     if args.out_dtype not in OUTPUTS:
         raise ConfigError(f"a result is not {args.out_dtype!r}", "--out-dtype", nearest(args.out_dtype, OUTPUTS))
+    if args.layout not in LAYOUTS:
+        raise ConfigError(f"a weight does not lie {args.layout!r}", "--layout", nearest(args.layout, LAYOUTS))
     title = f"[M, {args.k}] × [{args.columns}, {args.k}]ᵀ → {args.out_dtype} on {arch.name}"
     table = Table("kind", "M", "algorithm", title=title, title_justify="left", title_style="bold")
     table.add_column("why not", overflow="fold")
     for kind in args.kind or KINDS:
         for rows in args.rows or (1, 64, 2048):
-            request = Request(kind, rows, args.columns, args.k, args.out_dtype)
+            request = Request(kind, rows, args.columns, args.k, args.out_dtype, args.layout)
             chosen = choose(arch, request).algorithm
             for i, name in enumerate(KINDS[kind]):
                 reason = why_not(arch, request, name)

@@ -133,7 +133,7 @@ def compile_graph(
             trace.origins |= kernel_origins()
         return compiled
 
-    key = None if save else (sorted(config.disable), config.numerics, str(config.target))
+    key = None if save else (sorted(config.disable), config.numerics, str(config.target), sorted(config.gemm.items()))
     patches = {
         "joint_custom_pre_pass": _JointPass(early, inductor_config.joint_custom_pre_pass, key),
         "emulate_precision_casts": config.numerics == "eager" or inductor_config.emulate_precision_casts,

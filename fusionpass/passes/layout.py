@@ -1,4 +1,4 @@
-"""layout: scales that are only rearranged into cuBLAS's blocks are written there by the op itself."""
+"""layout: scales lie from the start as those who read them want them: in cuBLAS's blocks, or column by column."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,10 +9,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..errors import SchemeError
-from ..graphs import VIEWS, aten, erase_unused, inherit, outputs_of, value
+from ..arch import Arch
+from ..errors import ArchError, SchemeError
+from ..graphs import VIEWS, aten, erase_unused, inherit, outputs_of, value, values
 from ..infer import Inference
 from ..op import OPS
+from ..ops.gemm.blocks import block_scaled_mm, wants_columns
 from ..ops.quant.layout import swizzled
 from ..ops.quant.scheme import Scheme
 
@@ -34,7 +36,7 @@ def lay_out(graph: Graph) -> None:
     for node in list(graph.nodes):
         op = OPS.get(node.target)
         arguments = op.bind(node.args, node.kwargs) if op is not None else {}
-        scheme = _blocked(str(arguments.get("scheme", "")))
+        scheme = _relaid(str(arguments.get("scheme", "")), "swizzled")
         if op is None or scheme is None:
             continue
         index = op.outputs(arguments).index("scale")
@@ -55,11 +57,98 @@ def lay_out(graph: Graph) -> None:
         erase_unused(graph, end)
 
 
-def _blocked(text: str) -> str | None:
-    """The scheme with swizzled scales, where there is one and its scales are not."""
+def lay_out_by_column(graph: Graph, target: Arch | None = None) -> None:
+    """Give each op whose linear scales are read by a product of cuBLAS's the column-major layout, in place.
+
+    cuBLAS reads the scales of one group of all rows side by side, and would need a copy else. Our own kernel, which may
+    be chosen for few of these rows, reads either. What reads them otherwise keeps them as they are.
+
+    Args:
+        graph: behind `fuse`.
+        target: None: that of the values' device.
+    """
+    infer = Inference()
+    for node in list(graph.nodes):
+        op = OPS.get(node.target)
+        arguments = op.bind(node.args, node.kwargs) if op is not None else {}
+        scheme = _relaid(str(arguments.get("scheme", "")), "column_major")
+        if op is None or scheme is None:
+            continue
+        index = op.outputs(arguments).index("scale")
+        scales = outputs_of(node).get(index)
+        found = _products(scales) if scales is not None else None
+        if scales is None or found is None or not any(_by_columns(product, target) for product in found[1]):
+            continue
+        results = infer(op, {**arguments, "scheme": scheme})
+        if isinstance(results, str):
+            continue
+        views, readers = found
+        moved = _viewed(scales, results[index], views)
+        if moved is None:
+            continue
+        node.args, node.kwargs = op.call({**arguments, "scheme": scheme})
+        node.meta["val"] = results
+        for view, val in moved.items():
+            view.meta["val"] = val
+        for product in readers:
+            given = block_scaled_mm.bind(product.args, product.kwargs)
+            product.args, product.kwargs = block_scaled_mm.call({**given, "a_scheme": _columns_of(given)})
+
+
+def _columns_of(given: dict[str, Any]) -> str:
+    scheme = _relaid(str(given["a_scheme"]), "column_major")
+    assert scheme is not None
+    return scheme
+
+
+def _products(scales: Node) -> tuple[list[Node], list[Node]] | None:
+    """The views of `scales`, and the products whose `a_scale` these are; None where something else reads them."""
+    views, products, todo = [], [], [scales]
+    for source in todo:
+        for reader in source.users:
+            if reader.target in VIEWS:
+                views.append(reader)
+                todo.append(reader)
+            elif reader.target is block_scaled_mm.overload and _reads_as_a(reader, source):
+                products.append(reader)
+            else:
+                return None
+    return views, products
+
+
+def _reads_as_a(product: Node, scales: Node) -> bool:
+    given = block_scaled_mm.bind(product.args, product.kwargs)
+    linear = _relaid(str(given["a_scheme"]), "column_major") is not None
+    return linear and [name for name, v in given.items() if v is scales] == ["a_scale"]
+
+
+def _by_columns(product: Node, target: Arch | None) -> bool:
+    given = values(block_scaled_mm.bind(product.args, product.kwargs))
+    try:
+        arch = target or Arch.of(given["a"].device)
+    except ArchError:
+        return False
+    return wants_columns(arch, given) is None
+
+
+def _viewed(scales: Node, val: torch.Tensor, views: Sequence[Node]) -> dict[Node, torch.Tensor] | None:
+    """What `scales` and its views stand for once it is `val`; None where that cannot be viewed so."""
+    moved = {scales: val}
+    with val.fake_mode:  # type: ignore[attr-defined]
+        for view in views:
+            source, *rest = view.args
+            try:
+                moved[view] = aten.view.default(moved[source], *values(rest))  # type: ignore[index]
+            except (RuntimeError, ValueError):  # its rows do not lie evenly
+                return None
+    return moved
+
+
+def _relaid(text: str, layout: str) -> str | None:
+    """The scheme with scales of that layout, where there is one and its scales are linear."""
     try:
         kind = Scheme.parse(text)
-        return str(dataclasses.replace(kind, layout="swizzled")) if kind.layout == "linear" else None
+        return str(dataclasses.replace(kind, layout=layout)) if kind.layout == "linear" else None
     except SchemeError:
         return None
 

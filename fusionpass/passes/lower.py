@@ -78,7 +78,7 @@ def lower(
 ) -> None:
     """Decide for every op in `graph` who runs it; those that no kernel takes become aten nodes again, in place.
 
-    An op whose choice is `Late` stays as it is.
+    An op whose choice is `Late` stays as it is, and one that another library than PyTorch runs.
 
     Args:
         graph: after `fuse`.
@@ -116,7 +116,7 @@ def lower(
                 node=node.name,
             )
         )
-        if chosen is None or isinstance(chosen, Plain):
+        if chosen is None or (isinstance(chosen, Plain) and chosen.traced):
             function = op.reference if chosen is None else chosen.function
             trace.inlined |= dict.fromkeys(inline(graph, node, op, arguments, function), node.name)
         if launch is not None:

@@ -1,14 +1,20 @@
 """products: PyTorch's products of quantised matrices, and routers', → the ops, on GPUs, where they mean the same."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from ..graphs import CAST, VIEWS, aten, differs, erase_unused, inherit, source_line, value, where
+from ..graphs import CAST, VIEWS, aten, differs, erase_unused, inherit, source_line, value, values, where
 from ..infer import Inference
-from ..ops.gemm import NAMES, scaled_mm
+from ..op import OPS, Op
+from ..ops.gemm import NAMES, request_of, scaled_mm
+from ..ops.gemm.blocks import block_scaled_mm
+from ..ops.gemm.blocks import request_of as blocks_request_of
+from ..ops.gemm.dispatch import Request
 from ..ops.gemm.linear import linear_bf16_fp32
+from ..ops.gemm.linear import request_of as linear_request_of
 from ..report.trace import Site
 
 DEVICES = ("cuda",)
@@ -37,6 +43,19 @@ def products(graph: Graph, disable: frozenset[str] = frozenset()) -> None:
             graph.erase_node(node)
             for source in old:
                 erase_unused(graph, source)
+
+
+def choose_algorithms(graph: Graph, chosen: Mapping[str, str]) -> None:
+    """Name what computes each product of a kind, in place, as `Config.gemm` says; what names one itself keeps that."""
+    for node in graph.nodes if chosen else ():
+        op = OPS.get(node.target)
+        if op is None or op not in _REQUESTS:
+            continue
+        arguments = op.bind(node.args, node.kwargs)
+        request = _REQUESTS[op](**values(arguments))
+        algorithm = chosen.get(request.kind, "auto") if request is not None else "auto"
+        if arguments["algo"] == "auto" and algorithm != "auto":
+            node.args, node.kwargs = op.call({**arguments, "algo": algorithm})
 
 
 def _given(node: Node) -> dict[str, Any]:
@@ -104,6 +123,11 @@ def _again(source: Node, views: list[Node]) -> Node:
     return source
 
 
+_REQUESTS: dict[Op, Callable[..., Request | None]] = {
+    scaled_mm: request_of,
+    block_scaled_mm: blocks_request_of,
+    linear_bf16_fp32: linear_request_of,
+}
 _SPELLINGS = {aten._scaled_mm.default: (scaled_mm, _scaled_mm), aten.mm.default: (linear_bf16_fp32, _linear)}
 if hasattr(torch.ops.aten, "_scaled_mm_v2"):  # from torch 2.10 on
     _SPELLINGS[torch.ops.aten._scaled_mm_v2.default] = (scaled_mm, _scaled_mm_v2)

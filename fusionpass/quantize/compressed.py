@@ -100,7 +100,13 @@ def written_scheme(kind: LinearScheme) -> dict[str, Any]:
 
 def _arguments(kind: Scheme, when: str) -> dict[str, Any]:
     number = "float4" if kind.packed else "int8" if kind.dtype == torch.int8 else "float8"
-    if kind.dtype == torch.float8_e4m3fnuz or (kind.layout == "swizzled" and when == "static"):
+    if kind.layout != "linear" and when == "static":
+        raise SchemeError(
+            f"compressed-tensors does not store {str(kind)!r}",
+            "save_quantized",
+            'Call repack_linears_(model, "linear")',
+        )
+    if kind.dtype == torch.float8_e4m3fnuz:
         raise SchemeError(f"compressed-tensors does not store {str(kind)!r}", "save_quantized")
     found = _NUMBERS[number] | {"symmetric": True, "dynamic": when == "dynamic", "strategy": kind.granularity}
     if kind.granularity == "block128":

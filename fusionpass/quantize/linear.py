@@ -1,19 +1,22 @@
 """A linear with quantised weights that quantises its input."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Self, cast
 
 import torch
 from torch import nn
 
-from ..errors import ScaleError, SchemeError
+from ..errors import LayoutError, ScaleError, SchemeError
 from ..ops.quant import quantized
+from ..ops.quant.layout import laid_out, linear, refuse_layout
 from .product import product
 from .scheme import (
     LinearScheme,
     checked_scale,
     checked_scales,
     linear_scheme,
+    linear_shape,
     quantize_weight,
     weight_given_scale,
 )
@@ -82,10 +85,8 @@ class QuantizedLinear(Shard):
         weight_global_scale: torch.Tensor | float | None = None,
     ) -> None:
         super().__init__()
-        self.kind = linear_scheme(scheme, "QuantizedLinear")
-        self.scheme = scheme = str(self.kind)
-        # Dynamo cannot make them.
-        self.operand_schemes = str(self.kind.input), str(self.kind.weight)
+        self.describe(linear_scheme(scheme, "QuantizedLinear"))
+        scheme = self.scheme
         kind = self.kind.weight
         if weight.dtype != kind.code_dtype or weight.ndim != 2 or not weight.is_contiguous():
             raise SchemeError(
@@ -93,6 +94,8 @@ class QuantizedLinear(Shard):
                 "QuantizedLinear",
                 f"{scheme!r} takes a contiguous [N, {'K/2' if kind.packed else 'K'}] {kind.code_dtype} matrix",
             )
+        if reason := refuse_layout(weight.shape[0], kind.layout):
+            raise SchemeError(f"the weight cannot be {str(kind)!r}: {reason}", "QuantizedLinear", "Leave it linear")
         if bias is not None and bias.shape != weight.shape[:1]:
             raise SchemeError(
                 f"the bias has shape {list(bias.shape)}, the weight {list(weight.shape)}",
@@ -115,6 +118,12 @@ class QuantizedLinear(Shard):
             else:
                 self.register_parameter(name, None)
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else _constant(bias)
+
+    def describe(self, kind: LinearScheme) -> None:
+        """Say how the input is quantised, and the weight is and lies."""
+        self.kind, self.scheme = kind, str(kind)
+        # Dynamo cannot make them.
+        self.operand_schemes = str(kind.input), str(kind.weight)
 
     @classmethod
     def from_linear(
@@ -169,9 +178,12 @@ class QuantizedLinear(Shard):
             f"scheme={self.scheme}"
         )
 
-    def _checked(self, name: str, scale: torch.Tensor | float, prefix: str = "QuantizedLinear.") -> torch.Tensor:
+    def _checked(
+        self, name: str, scale: torch.Tensor | float, prefix: str = "QuantizedLinear.", layout: str | None = None
+    ) -> torch.Tensor:
         if name == "weight_scale":
-            return checked_scales(scale, self.kind.weight, self.out_features, self.in_features, prefix + name)
+            kind = self.kind.weight if layout is None else dataclasses.replace(self.kind.weight, layout=layout)
+            return checked_scales(scale, kind, self.out_features, self.in_features, prefix + name)
         return checked_scale(scale, prefix + name)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
@@ -184,10 +196,30 @@ class QuantizedLinear(Shard):
         self.moved(fn)
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """The linear layout, whatever the linear's own: a file does not depend on who computes its products."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (layout := self.kind.weight.layout) != "linear":
+            shape = linear_shape(self.kind.weight, self.out_features, self.in_features)
+            names = prefix + "weight", prefix + "weight_scale"
+            values = linear(self.weight.detach(), self.weight_scale.detach(), layout, shape)
+            destination.update(zip(names, values, strict=True))
+
+    def _laid_out(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """A state dict's own linear tensors as they lie here; both or neither, for a layout may be of both."""
+        names, layout = (prefix + "weight", prefix + "weight_scale"), self.kind.weight.layout
+        given = [state_dict.get(name) for name in names]
+        if layout == "linear" or given == [None, None]:
+            return state_dict
+        if given[0] is None or given[1] is None:
+            there = names[given[0] is None]
+            raise LayoutError(f"the state dict holds {there} alone", self.scheme, "Load the weight with its scales")
+        return {**state_dict, **dict(zip(names, laid_out(given[0], given[1], layout), strict=True))}
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in ("weight_scale", "input_scale", "weight_global_scale"):
             if prefix + name in state_dict and getattr(self, name) is not None:
-                self._checked(name, state_dict[prefix + name], prefix)
+                self._checked(name, state_dict[prefix + name], prefix, "linear")
         weight = state_dict.get(prefix + "weight")
         if weight is not None and weight.dtype != self.weight.dtype:
             raise SchemeError(
@@ -196,7 +228,7 @@ class QuantizedLinear(Shard):
                 "Load the checkpoint first and call quantize_ after it",
             )
         shared = self.input_scale
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(self._laid_out(state_dict, prefix), prefix, *args, **kwargs)
         # assign=True would give each linear a Parameter of its own.
         if shared is not None and self.input_scale is not shared and not shared.is_meta:
             assert self.input_scale is not None

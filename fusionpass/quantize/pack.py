@@ -15,6 +15,8 @@ from .scheme import quantize_weight
 from .select import PACKS, packs, replace
 from .shard import Pack, Shard
 
+_LEAST = 2.0**-9
+"""The least scale above zero that e4m3fn has."""
 _CUT = ("weight", "weight_scale", "bias")
 """Parameters that are cut by rows."""
 
@@ -61,7 +63,8 @@ def pack_linears_(
     Args:
         model: any module, quantised or not. Call this before `fusionpass.compile`, behind `quantize_`.
         unify_scales: requantise where static scales differ, to the largest one s. That moves an element w of a weight
-            by at most `max(|w| / 16, s * 2**-10)`; the input is rounded in steps of the larger scale. False: such
+            by at most `max(|w| / 16, s * 2**-10)`; the input is rounded in steps of the larger scale. Of NVFP4 the
+            codes stay, and their block scales are rounded anew: by at most `max(|w| / 16, 6 * s * 2**-9)`. False: such
             linears are left alone.
         example: inputs to run the model on as `quantize_` takes calibration data, so that linears which are named
             alike but read different tensors (q and k of cross-attention) are left alone.
@@ -117,11 +120,11 @@ def _refuse(shards: list[Any], unify: bool) -> str | None:
     if len({shard.bias.dtype for shard in shards if shard.bias is not None}) > 1:
         return "their biases have different dtypes"
     if isinstance(first, QuantizedLinear):
-        if first.kind.weight.packed:
-            return "the table that e2m1 codes are looked up in keeps equal products apart"
         blocks = first.kind.weight.granularity == "block128"
         if blocks and any(shard.out_features % 128 for shard in shards[:-1]):
             return "their scales are of blocks of 128 rows, and one ends within a block"
+        if first.kind.weight.layout != "linear" and any(shard.out_features % 128 for shard in shards):
+            return f"they lie {first.kind.weight.layout} in blocks of 128 rows, and one ends within a block"
         for name in _single(first):
             if not unify and len({getattr(shard, name).item() for shard in shards}) > 1:
                 return f"they have different values of {name}; unify_scales=True requantises them"
@@ -130,7 +133,12 @@ def _refuse(shards: list[Any], unify: bool) -> str | None:
 
 def _single(layer: QuantizedLinear) -> list[str]:
     """The names of scales that are one for a whole tensor."""
-    wanted = {"input_scale": layer.kind.calibrated, "weight_scale": layer.kind.weight.static}
+    weight = layer.kind.weight
+    wanted = {
+        "input_scale": layer.kind.calibrated,
+        "weight_scale": weight.static,
+        "weight_global_scale": weight.takes_scale and not weight.static,
+    }
     return [name for name, there in wanted.items() if there]
 
 
@@ -149,7 +157,7 @@ def _pack(model: nn.Module, group: dict[str, Any]) -> PackedRecord:
     if isinstance(first, QuantizedLinear):
         cut = not first.kind.weight.static
         scale = torch.cat([s.weight_scale.detach() for s in shards]) if cut else first.weight_scale
-        layer = QuantizedLinear(weight, scale, first.input_scale, bias, first.kind)
+        layer = QuantizedLinear(weight, scale, first.input_scale, bias, first.kind, first.weight_global_scale)
         # One Parameter each for all, so that a change of one is a change of all.
         for name in _single(first):
             for shard in (layer, *shards):
@@ -177,5 +185,8 @@ def _unify(shards: list[QuantizedLinear]) -> list[str]:
             if name == "weight_scale":
                 values = dequantize(shard.weight, old, shard.kind.weight)
                 shard.weight.copy_(quantize_weight(values, largest, shard.kind.weight)[0])
+            elif name == "weight_global_scale":
+                relative = shard.weight_scale.float() * (old / largest)
+                shard.weight_scale.copy_(relative.clamp(min=_LEAST).to(shard.weight_scale.dtype))
             getattr(shard, name).copy_(largest)
     return differ

@@ -139,6 +139,44 @@ class PackReport:
         return "\n".join([*lines, *_left_alone(self.left)])
 
 
+@dataclass(frozen=True)
+class RepackedRecord:
+    """A linear whose weight lies otherwise now.
+
+    Attributes:
+        where: its module path.
+        before, after: the layouts.
+        rebound: the parameters that are other memory than before; the rest was copied to where it was.
+    """
+
+    where: str
+    before: str
+    after: str
+    rebound: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RepackReport:
+    """The quantised linears of a model: those that lie otherwise now, those that do not. `str()` is readable."""
+
+    layout: str
+    repacked: tuple[RepackedRecord, ...]
+    left: tuple[SkippedRecord, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        paths = [r.where for r in self.repacked] + [s.where for s in self.left]
+        width = max(map(len, paths), default=0)
+        lines = [f"{self.layout}: {len(self.repacked)} linears repacked"]
+        for r in self.repacked:
+            told = f"{' and '.join(r.rebound)} rebound" if r.rebound else "copied in place"
+            lines.append(f"  {r.where:<{width}}  {r.before} → {r.after}, {told}")
+        return "\n".join([*lines, *_left_alone(self.left, width)])
+
+
 def _left_alone(left: Sequence[SkippedRecord], width: int = 0) -> list[str]:
     """Lines about linears that stay as they are, their paths padded to `width`."""
     return [f"{len(left)} left alone", *(f"  {s.where:<{width}}  {s.reason}" for s in left)] if left else []

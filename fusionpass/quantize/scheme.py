@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ..errors import ScaleError, SchemeError, nearest
 from ..ops.quant import quantized
+from ..ops.quant.layout import linear, stored_shape
 from ..ops.quant.scheme import Scheme
 
 _ELEMENTS = 1 << 22
@@ -161,7 +162,12 @@ def quantize_weight(weight: torch.Tensor, given: torch.Tensor | None, kind: Sche
 
 
 def scale_shape(kind: Scheme, rows: int, columns: int) -> tuple[int, ...]:
-    """The shape of the scales of a weight [rows, columns]."""
+    """The shape of the scales of a weight [rows, columns], as they lie."""
+    return stored_shape(linear_shape(kind, rows, columns), kind.layout)
+
+
+def linear_shape(kind: Scheme, rows: int, columns: int) -> tuple[int, ...]:
+    """That of scales in the linear layout."""
     if kind.static:
         return ()
     if kind.granularity == "block128":
@@ -212,8 +218,10 @@ def checked_scales(scales: torch.Tensor | float, kind: Scheme, rows: int, column
             f"Pass {dtype} [{', '.join(map(str, shape))}]",
         )
     if not value.is_meta:
+        # What a layout pads with is no scale.
+        plain = linear(value, value, kind.layout, linear_shape(kind, rows, columns))[1]
         # An exponent byte of 255 is NaN, and every other one a power of two.
-        bad = value == 255 if dtype == torch.uint8 else ~((value.float() > 0) & value.float().isfinite())
+        bad = plain == 255 if plain.dtype == torch.uint8 else ~((plain.float() > 0) & plain.float().isfinite())
         if bad.any():
-            raise ScaleError(f"{int(bad.sum())} of {value.numel()} scales are not positive and finite", where)
+            raise ScaleError(f"{int(bad.sum())} of {plain.numel()} scales are not positive and finite", where)
     return value

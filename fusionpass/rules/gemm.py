@@ -14,6 +14,9 @@ _OWN, _COMMON = ("b", "b_scale", "bias"), ("out_dtype", "fast_accum")
 
 
 def _differ(given: dict[str, Any], asked: dict[str, Any]) -> str:
+    for arguments in (given, asked):
+        if (algo := arguments.get("algo", "auto")) not in ("auto", "triton"):
+            return f"{algo} was asked for, which multiplies by one weight"
     for name in _COMMON:
         if given[name] != asked[name]:
             return f"they differ in {name}"
@@ -28,7 +31,8 @@ def _kind(arguments: dict[str, Any]) -> tuple[bool, torch.dtype | None]:
 
 
 def _beside(given: dict[str, Any], asked: dict[str, Any], which: str) -> dict[str, Any]:
-    return {**given, **{f"{name}{which}": asked[name] for name in _OWN}}
+    kept = {name: value for name, value in given.items() if name != "algo"}
+    return {**kept, **{f"{name}{which}": asked[name] for name in _OWN}}
 
 
 def _two(given: dict[str, Any], asked: dict[str, Any]) -> Joined:

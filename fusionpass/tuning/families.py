@@ -104,13 +104,15 @@ def _stream_space(arch: Arch, key: Key) -> Iterator[stream.Cut]:
         yield stream.Cut(*parts)
     for columns, depth, splits, stages in itertools.product((32, 64, 128), (128, 256, 512), (1, 2, 3, 4, 8), (3, 4, 6)):
         yield stream.Cut(columns, depth, splits, columns // 16, stages)
+    for beside, depth, splits, stages in itertools.product((2, 4), (128, 256, 512), (1, 2), (3, 4, 6)):
+        yield stream.Cut(64 // beside, depth, splits, 4, stages, beside)
 
 
 def _stream_footprint(arch: Arch, key: Key, m: int, cut: stream.Cut) -> Footprint | str:
     if (m == 1) != (cut.stages == 1):
         return "rows: one row has its own program"
     programs = -(-key["N"] // cut.columns)
-    tile = cut.columns * cut.depth
+    tile = cut.columns * cut.parts * cut.depth
     if m == 1:
         return Footprint(0, 128, cut.warps) if 2048 <= tile <= 16384 else "tile: a program reads 2 to 16 KiB at once"
     if not 49152 <= tile * cut.stages <= 131072:
@@ -119,7 +121,7 @@ def _stream_footprint(arch: Arch, key: Key, m: int, cut: stream.Cut) -> Footprin
         return f"splits: there are {programs} programs without any"
     if programs * cut.splits < 0.7 * arch.multiprocessors:
         return "splits: there would be too few programs"
-    return Footprint(cut.stages * (tile + max(16, m) * cut.depth), 128, cut.warps)
+    return Footprint(cut.stages * (tile + max(16, m) * cut.parts * cut.depth), 128, cut.warps)
 
 
 def _mixture(key: Key, m: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, Any]:

@@ -35,11 +35,20 @@ def test_one_kind_and_size(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row[2] for row in rows] == list(KINDS["fp8_row"])
 
 
+def test_a_weight_that_lies_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = printed(capsys, "--target", "sm_100", "--kind", "nvfp4", "--rows", "64", "--layout", "swizzled")
+    told = {row[2]: row[3] for row in rows}
+    assert told["flashinfer_trtllm"] == "w lies swizzled, not trtllm: repack_linears_ changes that"
+    assert told["cublas"] == "chosen"
+    assert told["triton"] == "could, but others come first"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--gemm", "--kind", "mxfp"], "there is no kind of product 'mxfp'. Did you mean 'mxfp8'?"),
         (["--gemm", "--out-dtype", "bf16"], "a result is not 'bf16'. Did you mean 'bfloat16'?"),
+        (["--gemm", "--layout", "swizzle"], "a weight does not lie 'swizzle'. Did you mean 'swizzled'?"),
         ([], "there is no model. Name one, or ask for the products with --gemm"),
     ],
 )

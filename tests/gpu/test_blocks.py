@@ -142,7 +142,7 @@ def test_chain_under_dependent_launch(rows: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("rows", [68, 300, 2048])
+@pytest.mark.parametrize("rows", [65, 66, 67, 68, 300, 2047, 2048])
 def test_many_rows_by_cublas(rows: int) -> None:
     """Where it is chosen: on Hopper."""
     arguments = product_of("fp8", rows, 1536, 1024, "cuda")
@@ -160,3 +160,26 @@ def test_many_rows_by_cublas(rows: int) -> None:
         assert torch.equal(compiled(*(arguments[name] for name in names)).double(), got * 2)
     (record,) = fusionpass.report(compiled).fused
     assert record.backend == "cublas"
+
+
+@pytest.mark.parametrize("shape", [(67, 1024), (2, 150, 1024), (2048, 1024)], ids=str)
+def test_scales_as_cublas_reads_them(shape: tuple[int, ...]) -> None:
+    """The quantisation in front writes them by column, and nothing transposes them."""
+    weights = [product_of("fp8", 1, columns, 1024, "cuda") for columns in (1536, 256)]
+    x = torch.randn(shape, device="cuda").bfloat16()
+
+    def model(x: torch.Tensor, *given: torch.Tensor) -> list[torch.Tensor]:
+        codes, scales = quantize(x, scheme="fp8_group128")
+        flat = codes.reshape(-1, 1024), scales.reshape(-1, 8)
+        return [block_scaled_mm(flat[0], w, flat[1], s) for w, s in zip(given[::2], given[1::2], strict=True)]
+
+    given = [weight[name] for weight in weights for name in ("b", "b_scale")]
+    compiled = fusionpass.compile(lambda *given: model(*given), cache=False)
+    with torch.no_grad():
+        got, expected = compiled(x, *given), model(x, *given)
+    for actual, wanted in zip(got, expected, strict=True):
+        assert torch.equal(actual, wanted)
+    if torch.cuda.get_device_capability() == (9, 0):
+        schemes = {record.op: record.scheme for record in fusionpass.report(compiled).fused}
+        assert schemes["quantize"] == "fp8_group128,layout=column_major"
+        assert [r.backend for r in fusionpass.report(compiled).fused if r.op == "block_scaled_mm"] == ["cublas"] * 2

@@ -55,7 +55,7 @@ def test_int8_sums_that_float32_cannot_hold() -> None:
     arguments["a"][0, 1100] = 1
     arguments["b"][1100] = 1
     arguments |= {name: torch.ones(()) for name in ("a_scale", "b_scale")}
-    for cut in (Cut(16, 64), Cut(16, 64, splits=3)):
+    for cut in (Cut(16, 64), Cut(16, 64, splits=3), Cut(8, 64, parts=2), Cut(16, 32, splits=2, parts=4)):
         got = check_product(ARCH, arguments, cut)
         assert got.double().sub(1100 * 127 * 127 + 1).abs().max() <= 1
 
@@ -77,7 +77,7 @@ def check_finite(arguments: dict[str, Any]) -> torch.Tensor:
     return launch.run()[0].isfinite()
 
 
-@pytest.mark.parametrize("cut", [None, Cut(16, 64), Cut(16, 64, splits=3)], ids=str)
+@pytest.mark.parametrize("cut", [None, Cut(16, 64), Cut(16, 64, splits=3), Cut(16, 64, splits=2, parts=2)], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 17, 64])
 @pytest.mark.parametrize("k", [8, 72, 320])
 def test_sixteen_bits(rows: int, k: int, cut: Cut | None) -> None:

@@ -1,10 +1,13 @@
 """block_scaled_mm: what it computes, what its kernel refuses, and the code of that for targets that are not here."""
 
+import inspect
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -15,8 +18,9 @@ from fusionpass.arch import Arch
 from fusionpass.errors import ArgumentError, SchemeError
 from fusionpass.launch import Late, Launch, Plain
 from fusionpass.ops import block_scaled_mm, dequantize
+from fusionpass.ops.gemm.blocks_kernel import _e2m1_times
 from fusionpass.session import Session
-from tests.blocks import KERNEL, KINDS, exact, product_of
+from tests.blocks import KERNEL, KINDS, LIBRARIES, backend, exact, product_of
 from tests.fake_gpu import codegen, needs_cuda_build
 
 H100 = Arch("sm_90")
@@ -90,7 +94,7 @@ def test_a_layout_that_is_not_the_schemes() -> None:
 def plan(name: str, arguments: dict[str, Any]) -> tuple[Any, str]:
     """What our kernel says."""
     planned, why = block_scaled_mm.plan(Arch(name), arguments, KERNEL)
-    return planned, why.removeprefix("cublas: disabled; ")
+    return planned, why.removeprefix("".join(f"{name}: disabled; " for name in LIBRARIES))
 
 
 def test_what_the_kernel_refuses() -> None:
@@ -102,6 +106,8 @@ def test_what_the_kernel_refuses() -> None:
     assert plan("sm_90", {**arguments, "a": wide})[1] == "triton: a has strides (512, 2), not contiguous rows"
     other = arguments["b_scale"].to("meta")
     assert plan("sm_90", {**arguments, "b_scale": other})[1] == "triton: b_scale is on meta, a on cpu"
+    shuffled = {**product_of("mxfp8", 128, 128, 256), "a_scheme": "mxfp8,layout=trtllm"}
+    assert plan("sm_90", shuffled)[1] == "triton: a lies as trtllm wants it"
     empty = {name: arguments[name][:, :0] for name in ("a", "b", "a_scale", "b_scale")}
     assert plan("sm_90", {**arguments, **empty})[1] == "triton: K is 0"
 
@@ -131,8 +137,10 @@ def test_symbolic_sizes() -> None:
     assert isinstance(plan("sm_90", {**arguments, **weight, **few})[0], Late)
     for dim in (0, 1):
         assert plan("sm_90", {**arguments, "b": fake("b", dim)})[1] == "triton: the size of the weight is symbolic"
-        cublas = block_scaled_mm.backends[0].plan(H100, **{**arguments, "b": fake("b", dim)})
+        cublas = backend("cublas")(H100, **{**arguments, "b": fake("b", dim)})
         assert cublas == "the size of the weight is symbolic"
+        library = backend("flashinfer_cutlass")(H100, **{**arguments, "b": fake("b", dim)})
+        assert library == "the size of the weight is symbolic"
     assert not environment.guards
 
 
@@ -157,6 +165,74 @@ def test_compiles_and_does_not_spill(name: str, kind: str, rows: int) -> None:
         codes = {"fp8": "f32.e4m3.e4m3", "mxfp8_swizzled": "f32.bf16.bf16", "nvfp4": "f32.f16.f16"}[kind]
         tall = 16 if rows <= 64 else 64 if kind == "fp8" else 128
         assert re.search(rf"wgmma\.mma_async\.sync\.aligned\.m64n{tall}k\d+\.{codes}", text)
+
+
+def run_ptx(text: str, registers: dict[str, int]) -> None:
+    """The few instructions that unpacking has, on 32-bit registers."""
+
+    def value(name: str) -> int:
+        return registers[name] if name in registers else int(name, 0)
+
+    def half(bits: int) -> np.float16:
+        return np.array(bits & 0xFFFF, np.uint16).view(np.float16)[()]
+
+    for line in re.findall(r"^\s*((?:prmt|shl|and|lop3|mul)[^;]*);", text, re.MULTILINE):
+        name, _, rest = line.partition(" ")
+        into, *given = (part.strip() for part in rest.split(","))
+        numbers = [value(part) for part in given]
+        if name == "prmt.b32":
+            source = numbers[0].to_bytes(4, "little") + numbers[1].to_bytes(4, "little")
+            chosen = [source[numbers[2] >> 4 * i & 7] for i in range(4)]
+            registers[into] = int.from_bytes(chosen, "little")
+        elif name == "shl.b32":
+            registers[into] = numbers[0] << numbers[1] & 0xFFFFFFFF
+        elif name == "and.b32":
+            registers[into] = numbers[0] & numbers[1]
+        elif name == "lop3.b32":
+            assert numbers[3] == (0xF0 & 0xCC | 0xAA)
+            registers[into] = numbers[0] & numbers[1] | numbers[2]
+        else:
+            assert name == "mul.rn.f16x2"
+            products = [half(numbers[0] >> s) * half(numbers[1] >> s) for s in (0, 16)]
+            both = [int(np.float16(product).view(np.uint16)) for product in products]
+            registers[into] = both[0] | both[1] << 16
+
+
+def test_packed_codes_by_words() -> None:
+    """Every byte with every scale: what the PTX makes of it, exactly."""
+    (text,) = re.findall(r'"""\n(\s*\{.*?)"""', inspect.getsource(_e2m1_times.fn), re.DOTALL)
+    magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    table = [*magnitudes, *(-m for m in magnitudes)]
+    scales = torch.arange(0, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    for scale in [*scales[1:9].tolist(), *scales[9::13].tolist(), 448.0]:
+        by = int(np.float16(scale * 128).view(np.uint16)) * 0x10001
+        for first in range(0, 256, 4):
+            registers = {"$4": int.from_bytes(bytes(range(first, first + 4)), "little"), "$5": by, "$6": by}
+            run_ptx(text, registers)
+            for name, shift in (("$0", 0), ("$2", 4)):
+                packed = [registers[name], registers["$1" if name == "$0" else "$3"]]
+                got = np.array(packed, np.uint32).view(np.float16).astype(np.float64)
+                wanted = [table[byte >> shift & 15] * scale / 128 for byte in range(first, first + 4)]
+                assert got.tolist() == wanted
+                assert [np.signbit(x) for x in got] == [byte >> shift >> 3 & 1 for byte in range(first, first + 4)]
+
+
+def test_who_unpacks_by_words() -> None:
+    """Where PTX is written and the matrix units do not take the codes themselves."""
+    found = {
+        (name, kind, rows): plan(name, product_of(kind, rows, 512, 512))[0].all[0].args["WORDS"]
+        for name in NVIDIA
+        for kind in ("nvfp4", "mxfp8")
+        for rows in (1, 8, 512)
+    }
+    wanted = {("sm_90", rows) for rows in (1, 8, 512)} | {(name, 1) for name in NVIDIA} | {
+        ("sm_100", 8), ("sm_103", 8),
+    }  # fmt: skip
+    newer = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+    wanted |= set() if newer else {("sm_121", 8), ("sm_121", 512)}
+    wanted -= {("sm_89", 1)}
+    assert {(name, rows) for (name, kind, rows), words in found.items() if words} == wanted
+    assert not any(words for (_, kind, _), words in found.items() if kind == "mxfp8")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +276,7 @@ def test_in_inductors_wrapper(kind: str, rows: int, kernels: list[str]) -> None:
     [
         ({}, None),
         ({"rows": 64}, "64 rows are bound by reading the weight"),
-        ({"rows": 66}, "66 rows are no multiple of 4, as their scales have to be"),
+        ({"rows": 65}, None),
         ({"name": "sm_100"}, "cuBLAS's product of blocks is for sm_90, not sm_100"),
         ({"k": 640}, "N is 512 and K 640, not multiples of 16 and 512"),
         ({"columns": 520}, "N is 520 and K 512, not multiples of 16 and 512"),
@@ -221,12 +297,12 @@ def test_hoppers_many_rows_are_cublas(changes: dict[str, Any], reason: str | Non
         assert why == "cublas"
     else:
         assert isinstance(planned, Launch)
-        assert block_scaled_mm.backends[0].plan(Arch(name), **product_of(**sizes)) == reason
+        assert backend("cublas")(Arch(name), **product_of(**sizes)) == reason
 
 
 def test_cublas_wants_dense_operands() -> None:
     arguments = product_of("fp8", 68, 512, 1024)
-    cublas = block_scaled_mm.backends[0].plan
+    cublas = backend("cublas")
     wide = torch.empty(4, 12)[:, :8].copy_(arguments["b_scale"])
     assert "b_scale" in cublas(H100, **{**arguments, "b_scale": wide})
     across = arguments["a"].view(torch.uint8).t().contiguous().t().view(torch.float8_e4m3fn)
@@ -235,8 +311,36 @@ def test_cublas_wants_dense_operands() -> None:
     assert "with float32 scales" in cublas(H100, **powers)
 
 
+@pytest.mark.parametrize("kind", ["fp8", "fp8_columns"])
+@pytest.mark.parametrize("rows", [65, 66, 67, 68])
+def test_rows_for_cublas_are_padded(rows: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It wants multiples of 4, and the scales of a group side by side; what is there already is not copied."""
+    arguments = {**product_of(kind, rows, 48, 512), "b_scheme": "fp8_block128"}
+    arguments["b_scale"] = product_of("fp8", rows, 48, 512)["b_scale"]
+    seen: list[torch.Tensor] = []
+
+    def scaled_mm(a: torch.Tensor, b: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor, **_: Any) -> Any:
+        seen.extend((a, a_scale))
+        whole = -(-rows // 4) * 4
+        assert (tuple(a.shape), a.stride()) == ((whole, 512), (512, 1))
+        assert (tuple(a_scale.shape), a_scale.stride()) == ((whole, 4), (1, whole))
+        assert (b.stride(), b_scale.stride()) == ((1, 512), (1, 4))
+        x = dequantize(a, a_scale, "fp8_group128")
+        return (x @ dequantize(b.t(), b_scale.t(), "fp8_block128").t()).to(torch.bfloat16)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    planned, _ = block_scaled_mm.plan(H100, arguments)
+    assert isinstance(planned, Plain)
+    got = planned.function(**arguments)
+    assert got.is_contiguous()
+    assert torch.equal(got, block_scaled_mm.reference(**arguments))
+    assert (seen[0].data_ptr() == arguments["a"].data_ptr()) == (rows % 4 == 0)
+    as_wanted = rows % 4 == 0 and kind == "fp8_columns"
+    assert (seen[1].data_ptr() == arguments["a_scale"].data_ptr()) == as_wanted
+
+
 def test_old_cuda_has_no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    cublas = block_scaled_mm.backends[0].plan
+    cublas = backend("cublas")
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     assert cublas(H100, **product_of("fp8", 68, 512, 512)) == "it needs CUDA 12.9, not 12.8"
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -253,10 +357,10 @@ def test_cublas_in_a_graph() -> None:
         made: torch.Tensor = block_scaled_mm(*given)
         return made.relu()
 
-    for disable, backend in ((set(), "cublas"), ({"cublas"}, "triton")):
+    for disable, wanted in ((set(), "cublas"), ({"cublas"}, "triton")):
         config = Config(target=H100, disable=disable)
         report = fusionpass.explain(model, *(arguments[name] for name in names), config=config)
         (record,) = report.fused
-        assert record.backend == backend
+        assert record.backend == wanted
         lowered = dict(report.graphs[0].snapshots)["lower"]
-        assert ("aten._scaled_mm.default" in lowered) == (backend == "cublas")
+        assert ("aten._scaled_mm.default" in lowered) == (wanted == "cublas")

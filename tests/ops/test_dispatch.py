@@ -8,7 +8,7 @@ import pytest
 from fusionpass.arch import Arch
 from fusionpass.errors import ArgumentError
 from fusionpass.ops import block_scaled_mm, scaled_mm
-from fusionpass.ops.gemm.dispatch import FEW, KINDS, SINGLE, UNCALLED, Request, choose, why_not
+from fusionpass.ops.gemm.dispatch import FEW, KINDS, SINGLE, Request, choose, why_not
 from tests.blocks import product_of as blocks_of
 from tests.gemm import INT8, product_of
 
@@ -71,38 +71,71 @@ def test_many_rows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_flashinfers_limits(name: str, only_triton: set[str]) -> None:
+@pytest.mark.parametrize("kind", ["mxfp8", "nvfp4"])
+def test_flashinfers_limits(kind: str, name: str, only_triton: set[str]) -> None:
     only_triton.add("flashinfer")
     arch = Arch(name)
     datacenter = name in ("sm_100", "sm_103")
     blackwell = datacenter or name in ("sm_110", "sm_120", "sm_121")
 
-    def able(algorithm: str, columns: int = 4096, k: int = 4096, out_dtype: str = "bfloat16") -> bool:
-        reason = KINDS["mxfp8"][algorithm](arch, Request("mxfp8", 8, columns, k, out_dtype))
-        return reason is None
+    def why(algorithm: str, columns: int = 4096, k: int = 4096, out_dtype: str = "bfloat16", layout: str = "") -> Any:
+        lies = layout or ("trtllm" if algorithm == "flashinfer_trtllm" else "swizzled")
+        return KINDS[kind][algorithm](arch, Request(kind, 8, columns, k, out_dtype, lies))
+
+    def able(algorithm: str, **changes: Any) -> bool:
+        return why(algorithm, **changes) is None
 
     assert able("flashinfer_cutlass") == blackwell
     assert able("flashinfer_trtllm") == able("flashinfer_cute_dsl") == datacenter
     assert not able("flashinfer_trtllm", k=4096 + 128)
     assert not able("flashinfer_trtllm", out_dtype="float16")
     assert able("flashinfer_cute_dsl", k=4096 + 128, out_dtype="float16") == datacenter
+    assert not able("flashinfer_cutlass", out_dtype="float32")
     assert not any(
-        able(algorithm, columns=96) or able(algorithm, k=96) for algorithm in KINDS["mxfp8"] if "flash" in algorithm
+        able(algorithm, columns=96) or able(algorithm, k=96) for algorithm in KINDS[kind] if "flash" in algorithm
     )
     assert able("flashinfer_cutlass", columns=4096 + 16) == datacenter or name == "sm_110"
+    # Each reads a weight that lies one way, and none a linear one.
+    if datacenter:
+        told = "w lies swizzled, not trtllm: repack_linears_ changes that"
+        assert why("flashinfer_trtllm", layout="swizzled") == told
+    for algorithm in ("flashinfer_trtllm", "flashinfer_cute_dsl", "flashinfer_cutlass"):
+        assert not able(algorithm, layout="linear")
     only_triton.remove("flashinfer")
     if blackwell:
-        assert (
-            why_not(arch, Request("mxfp8", 8, 4096, 4096), "flashinfer_cutlass")
-            == "the package flashinfer is not installed"
-        )
+        assert why("flashinfer_cutlass") == "the package flashinfer is not installed"
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("kind", ["mxfp8", "nvfp4"])
+def test_the_layout_says_who_multiplies(kind: str, name: str, only_triton: set[str]) -> None:
+    """FlashInfer where it is there and reads the weight, then cuBLAS, then the package's own kernel."""
+    arch, datacenter = Arch(name), name in ("sm_100", "sm_103")
+    blackwell = datacenter or name in ("sm_110", "sm_120", "sm_121")
+    ours = CHOSEN_FOR_FEW[kind].get(name, "dequantize")
+    for there in (False, True):
+        only_triton -= {"flashinfer"}
+        only_triton |= {"flashinfer"} if there else set()
+        found = {
+            layout: choose(arch, Request(kind, 512, 4096, 4096, layout=layout)).algorithm
+            for layout in ("linear", "swizzled", "trtllm")
+        }
+        swizzled = "cublas" if blackwell else ours
+        if there and blackwell:
+            swizzled = "flashinfer_cute_dsl" if datacenter else "flashinfer_cutlass"
+        trtllm = "flashinfer_trtllm" if there and datacenter else "dequantize"
+        assert found == {"linear": ours, "swizzled": swizzled, "trtllm": trtllm}
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_deep_gemms_limits(name: str, only_triton: set[str]) -> None:
     only_triton.add("deep_gemm")
     gate, there = KINDS["fp8_block128"]["deep_gemm"], name in ("sm_90", "sm_100")
-    assert (gate(Arch(name), Request("fp8_block128", 8, 4096, 4096)) is None) == there
+    layout = "deepgemm" if name == "sm_100" else "linear"
+    assert (gate(Arch(name), Request("fp8_block128", 8, 4096, 4096, layout=layout)) is None) == there
+    if name == "sm_100":
+        told = gate(Arch(name), Request("fp8_block128", 8, 4096, 4096))
+        assert told == "w lies linear, not deepgemm: repack_linears_ changes that"
     if there:
         for changes, message in (
             ({"columns": 4096 + 32}, "N is 4128 and K 4096, not multiples of 64 and 128"),
@@ -110,29 +143,52 @@ def test_deep_gemms_limits(name: str, only_triton: set[str]) -> None:
             ({"out_dtype": "float32"}, "DeepGEMM writes bfloat16, not float32"),
         ):
             sizes: dict[str, Any] = {"columns": 4096, "k": 4096, **changes}
-            assert gate(Arch(name), Request("fp8_block128", 8, **sizes)) == message
+            assert gate(Arch(name), Request("fp8_block128", 8, layout=layout, **sizes)) == message
 
 
 def test_cublas_knows_blocks_from_some_target_on() -> None:
     able = {
-        kind: {name for name in TARGETS if KINDS[kind]["cublas"](Arch(name), Request(kind, 80, 4096, 4096)) is None}
-        for kind in ("fp8_block128", "mxfp8", "nvfp4")
+        kind: {
+            name
+            for name in TARGETS
+            if KINDS[kind]["cublas"](Arch(name), Request(kind, 80, 4096, 4096, layout=layout)) is None
+        }
+        for kind, layout in (("fp8_block128", "linear"), ("mxfp8", "swizzled"), ("nvfp4", "swizzled"))
     }
     assert able["fp8_block128"] == {"sm_90"}
+    packed = Request("fp8_block128", 80, 4096, 4096, layout="deepgemm")
+    assert why_not(Arch("sm_90"), packed, "cublas") == "w lies deepgemm, not linear: repack_linears_ changes that"
     unknown = Request("fp8_block128", None, 4096, 4096)
     assert why_not(Arch("sm_90"), unknown, "cublas") == "the number of rows is symbolic"
     assert able["mxfp8"] == able["nvfp4"] == {name for name in FP8 if name not in ("sm_89", "sm_90", "gfx950")}
 
 
-def test_what_is_not_called_is_not_chosen(only_triton: set[str]) -> None:
-    only_triton |= {"flashinfer", "deep_gemm"}
-    for kind, algorithm in UNCALLED & {(kind, name) for kind, table in KINDS.items() for name in table}:
-        for name in TARGETS:
-            request = Request(kind, 8, 4096, 4096)
-            assert why_not(Arch(name), request, algorithm) is not None
-            assert choose(Arch(name), request).algorithm != algorithm
-    with pytest.raises(ArgumentError, match="flashinfer_cutlass cannot: it could, but is not called: it was never run"):
-        choose(Arch("sm_120"), Request("nvfp4", 8, 4096, 4096), "flashinfer_cutlass")
+@pytest.mark.parametrize("name", TARGETS)
+def test_deep_gemm_is_for_who_names_it(name: str, only_triton: set[str]) -> None:
+    only_triton.add("deep_gemm")
+    request = Request("fp8_block128", 512, 4096, 4096, layout="deepgemm" if name == "sm_100" else "linear")
+    assert choose(Arch(name), request).algorithm != "deep_gemm"
+    if name in ("sm_90", "sm_100"):
+        assert choose(Arch(name), request, "deep_gemm").algorithm == "deep_gemm"
+    else:
+        with pytest.raises(ArgumentError, match=f"deep_gemm cannot: DeepGEMM is for sm_90 and sm_100, not {name}"):
+            choose(Arch(name), request, "deep_gemm")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out_dtype": "float16"}, "it is called for bfloat16 alone, not float16"),
+        ({"columns": 4104}, "N is 4104 and K 4096, not multiples of 16 and 32"),
+        ({"k": 4112}, "N is 4096 and K 4112, not multiples of 16 and 32"),
+        ({"layout": "linear"}, "w lies linear, not swizzled: repack_linears_ changes that"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_cublas_limits_for_short_groups(changes: dict[str, Any], message: str | None) -> None:
+    sizes: dict[str, Any] = {"columns": 4096, "k": 4096, "layout": "swizzled", **changes}
+    assert why_not(Arch("sm_100"), Request("nvfp4", 8, **sizes), "cublas") == message
 
 
 def test_a_name_that_there_is_not() -> None:

@@ -172,7 +172,9 @@ def test_symbolic_sizes() -> None:
     assert isinstance(planned(x=fake(torch.zeros(8, 512).bfloat16(), 0), w=fake(w))[0], Late)
     for dim in (0, 1):
         x = fake(torch.zeros(8, 512).bfloat16(), *(d for d in (1,) if dim == 1))
-        assert planned(x=x, w=fake(w, dim))[1] == "triton: the weight is of symbolic size, and the choice depends on it"
+        assert planned(x=x, w=fake(w, dim))[1] == "triton: the size of the weight is symbolic"
+        with pytest.raises(ArgumentError, match="deep_gemm cannot: the size of the weight is symbolic"):
+            planned(x=x, w=fake(w, dim), algo="deep_gemm")
     assert not environment.guards
 
 

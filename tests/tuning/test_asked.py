@@ -58,6 +58,8 @@ def test_what_the_kernels_cannot_be_cut_as() -> None:
     assert stream.refuse_cut(stream.Cut(64, 128), 8, 1) is None
     assert str(stream.refuse_cut(stream.Cut(8, 128), 8, 1)).startswith("tile: ")
     assert stream.refuse_cut(stream.Cut(8, 128), 1, 1) is None
+    assert stream.refuse_cut(stream.Cut(8, 128, parts=2), 8, 1) is None
+    assert str(stream.refuse_cut(stream.Cut(4, 1024, parts=2), 1, 1)).startswith("PARTS: ")
     assert stream.refuse_cut(stream.Cut(8, 1), 1, 2) == "BLOCK_SIZE_K: 1 bytes hold no element"
 
 

@@ -6,10 +6,11 @@ import torch
 
 from ...errors import ArgumentError, nearest
 from ...op import Tolerance, op
-from ..rows import known, triton_backend
+from ..rows import known, static, triton_backend
 from .arithmetic import int8_scales, row_scales, single_scales
+from .dispatch import Request, check_algorithm, kind_of_codes, named
 
-__all__ = ["CODES", "NAMES", "OUTPUTS", "SUMMED", "is_single", "scaled_mm"]
+__all__ = ["CODES", "NAMES", "OUTPUTS", "SUMMED", "is_single", "request_of", "scaled_mm"]
 
 SUMMED = Tolerance(ulp=1, fraction=0.05, floor=2**-12)
 """Of sums in another order that are rounded once. Hopper's FP8 units, which the reference uses there, keep 14 bits of
@@ -46,6 +47,7 @@ def scaled_mm(
     bias: torch.Tensor | None = None,
     out_dtype: str = "bfloat16",
     fast_accum: bool = False,
+    algo: str = "auto",
 ) -> torch.Tensor:
     """The product of two matrices of codes, `(a @ b) * a_scale * b_scale + bias`.
 
@@ -59,16 +61,19 @@ def scaled_mm(
         bias: [N], floating point.
         out_dtype: "bfloat16", "float16" or "float32".
         fast_accum: Hopper's matrix units may sum any number of FP8 products in the 14 bits that they have, not 128.
+        algo: "triton" (few rows), "cublas", "reference", or "auto", the first of them that can; `dispatch.choose` says
+            why the others cannot.
 
     Returns:
         [M, N], contiguous.
 
     Raises:
-        ArgumentError: shapes or dtypes do not fit.
+        ArgumentError: shapes or dtypes do not fit, there is no such algorithm, or it was named and cannot compute this.
 
     Source: torch._scaled_mm and torch._int_mm, whose arithmetic this is.
     """
     _check(a, b, a_scale, b_scale, bias, out_dtype)
+    check_algorithm(_request(a, b, a_scale, b_scale, out_dtype), algo, a.device)
     dtype = OUTPUTS[out_dtype]
     if a.dtype == torch.int8:
         return int8_scales(a, b, a_scale, b_scale, bias, dtype)
@@ -81,6 +86,18 @@ def scaled_mm(
 def is_single(scale: torch.Tensor) -> bool:
     """Whether a scale is one for the whole matrix, whatever sizes its symbols stand for."""
     return all(known(size == 1) for size in scale.shape)
+
+
+def _request(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    out_dtype: str = "bfloat16",
+    **_: Any,
+) -> Request:
+    kind = kind_of_codes(a, is_single(a_scale) and is_single(b_scale))
+    return Request(kind, static(a.shape[0]), b.shape[1], b.shape[0], out_dtype)
 
 
 def _check(
@@ -108,4 +125,10 @@ def _check(
         raise ArgumentError(f"out_dtype is {out_dtype!r}", "scaled_mm", nearest(out_dtype, OUTPUTS))
 
 
-scaled_mm.backends.append(triton_backend(f"{__name__}.stream", "plan_scaled_mm"))
+def request_of(**arguments: Any) -> Request | None:
+    """The request that the op's arguments are; None where a size of the weight is symbolic."""
+    sizes = arguments["b"].shape
+    return _request(**arguments) if all(isinstance(size, int) for size in sizes) else None
+
+
+scaled_mm.backends.append(named(triton_backend(f"{__name__}.stream", "plan_scaled_mm"), request_of))

@@ -40,6 +40,56 @@ def _e2m1(nibble):
 
 
 @triton.jit
+def _e2m1_times(codes, scale, GROUP: tl.constexpr):
+    """The even and the odd codes of each byte [N, K] times their element of `scale` [N, K / GROUP], over 2**14.
+
+    Two codes an instruction, 2.75 a code with the product: a byte goes to each half of a word, its code's magnitude to
+    the first bits of a float16 and its sign before them, which is the code over 2**14. The scale comes as 2**7 times
+    itself, so that products of two codes' lack 2**14; nothing is rounded, since what a code and a scale multiply to has
+    six bits.
+    """
+    n: tl.constexpr = codes.shape[0]
+    k: tl.constexpr = codes.shape[1]
+    by = (_decoded(scale) * 128.0).to(tl.float16)
+    by = tl.broadcast_to(by[:, :, None], [n, k // GROUP, GROUP])
+    even, odd = tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 t, m, s;
+        prmt.b32 t, $4, 0, 0x4140;
+        shl.b32 m, t, 9;
+        and.b32 m, m, 0x0E000E00;
+        shl.b32 s, t, 12;
+        lop3.b32 m, s, 0x80008000, m, 0xEA;
+        mul.rn.f16x2 $0, m, $5;
+        shl.b32 m, t, 5;
+        and.b32 m, m, 0x0E000E00;
+        shl.b32 s, t, 8;
+        lop3.b32 m, s, 0x80008000, m, 0xEA;
+        mul.rn.f16x2 $2, m, $5;
+        prmt.b32 t, $4, 0, 0x4342;
+        shl.b32 m, t, 9;
+        and.b32 m, m, 0x0E000E00;
+        shl.b32 s, t, 12;
+        lop3.b32 m, s, 0x80008000, m, 0xEA;
+        mul.rn.f16x2 $1, m, $6;
+        shl.b32 m, t, 5;
+        and.b32 m, m, 0x0E000E00;
+        shl.b32 s, t, 8;
+        lop3.b32 m, s, 0x80008000, m, 0xEA;
+        mul.rn.f16x2 $3, m, $6;
+        }
+        """,
+        "=r,=r,=r,=r,r,r,r",
+        [tl.reshape(codes, [n, k // GROUP, GROUP]), by],
+        dtype=(tl.float16, tl.float16),
+        is_pure=True,
+        pack=4,
+    )
+    return tl.reshape(even, [n, k]), tl.reshape(odd, [n, k])
+
+
+@triton.jit
 def _values(codes, scale, GROUP: tl.constexpr, WIDE: tl.constexpr):
     """`codes` [N, K] in WIDE, each group of GROUP multiplied by its element of `scale` [N, K / GROUP]."""
     n: tl.constexpr = codes.shape[0]
@@ -50,13 +100,15 @@ def _values(codes, scale, GROUP: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _operand(codes, scale, GROUP: tl.constexpr, WIDE: tl.constexpr):
+def _operand(codes, scale, GROUP: tl.constexpr, WIDE: tl.constexpr, WORDS: tl.constexpr):
     """What `tl.dot` takes of `codes`: themselves; in WIDE, scaled; of packed ones two parts, the even codes first.
 
     The order along K is the same in both operands, so that nothing has to be put back in between.
     """
     if WIDE is None:
         first, second = codes, codes
+    elif WORDS:
+        first, second = _e2m1_times(codes, scale, GROUP)
     elif codes.dtype == tl.uint8:
         first, second = _values(_e2m1(codes), scale, GROUP, WIDE), _values(_e2m1(codes >> 4), scale, GROUP, WIDE)
     else:
@@ -87,6 +139,7 @@ def _add_products(
     B_SWIZZLED: tl.constexpr,
     WIDE: tl.constexpr,
     NATIVE: tl.constexpr,
+    WORDS: tl.constexpr,
     SUMMED: tl.constexpr,
     EVEN: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -118,7 +171,7 @@ def _add_products(
             form: tl.constexpr = "e2m1" if packed else "e4m3"
             y = tl.dot_scaled(w, ws, form, tl.trans(x), xs, form, y)
         else:
-            w_even, w_odd = _operand(w, ws, GROUP, WIDE)
+            w_even, w_odd = _operand(w, ws, GROUP, WIDE, WORDS)
             y = tl.dot(w_even, tl.trans(even), y)
             if packed:
                 y = tl.dot(w_odd, tl.trans(odd), y)
@@ -183,6 +236,7 @@ def block_kernel(
     B_SWIZZLED: tl.constexpr,
     WIDE: tl.constexpr,
     NATIVE: tl.constexpr,
+    WORDS: tl.constexpr,
     SUMMED: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -201,6 +255,7 @@ def block_kernel(
     - ROWS is 1: one by one, in float32.
     - NATIVE: with their scales, by the matrix units.
     - WIDE is a dtype in which `code * scale` is exact: in that, by the matrix units.
+      WORDS: packed ones by PTX, two an instruction.
     - WIDE is None: as codes, and each group's sum is scaled. DEPTH is no more than GROUP then. Without scales Hopper's
       units may sum SUMMED products in the bits that they have.
 
@@ -264,14 +319,20 @@ def block_kernel(
             x = tl.load(a_rows[:, None] + k) if EVEN else tl.load(a_rows[:, None] + k, k < last, other=0.0)
             ws = _scale_at(b_scale, (column // SHARED)[:, None], g, b_scale_row, b_scale_group, B_SWIZZLED)
             xs = _scale_at(a_scale, source[:, None], g, a_scale_row, a_scale_group, A_SWIZZLED)
-            ws = _decoded(tl.load(ws, inside[:, None] & asked, other=0.0))
-            xs = _decoded(tl.load(xs, asked, other=0.0))
-            if packed:
-                y = _e2m1(w).to(tl.float32) * _e2m1(x).to(tl.float32)
-                y += _e2m1(w >> 4).to(tl.float32) * _e2m1(x >> 4).to(tl.float32)
+            ws = tl.load(ws, inside[:, None] & asked, other=0.0)
+            xs = tl.load(xs, asked, other=0.0)
+            if WORDS:
+                w_even, w_odd = _e2m1_times(w, ws, GROUP)
+                x_even, x_odd = _e2m1_times(x, xs, GROUP)
+                products += tl.reshape(w_even.to(tl.float32) * x_even.to(tl.float32), [COLUMNS, groups, part])
+                products += tl.reshape(w_odd.to(tl.float32) * x_odd.to(tl.float32), [COLUMNS, groups, part])
             else:
-                y = w.to(tl.float32) * x.to(tl.float32)
-            products += tl.reshape(y, [COLUMNS, groups, part]) * (ws * xs)[:, :, None]
+                if packed:
+                    y = _e2m1(w).to(tl.float32) * _e2m1(x).to(tl.float32)
+                    y += _e2m1(w >> 4).to(tl.float32) * _e2m1(x >> 4).to(tl.float32)
+                else:
+                    y = w.to(tl.float32) * x.to(tl.float32)
+                products += tl.reshape(y, [COLUMNS, groups, part]) * (_decoded(ws) * _decoded(xs))[:, :, None]
         y = tl.sum(tl.sum(products, 2), 1)[:, None]
     else:
         # Gate and up of one column come out of one product where they lie side by side.
@@ -297,18 +358,22 @@ def block_kernel(
             if NATIVE:
                 even, odd = x, x
             else:
-                even, odd = _operand(x, xs, GROUP, WIDE)
+                even, odd = _operand(x, xs, GROUP, WIDE, WORDS)
             y = _add_products(
                 y, x, even, odd, xs, b, b_scale, ahead * first_column, ahead * (columns - first_column), start, last,
-                b_row, b_scale_row, b_scale_group, GROUP, SHARED, TRANSPOSED, B_SWIZZLED, WIDE, NATIVE, SUMMED, EVEN,
-                both, DEPTH,
+                b_row, b_scale_row, b_scale_group, GROUP, SHARED, TRANSPOSED, B_SWIZZLED, WIDE, NATIVE, WORDS, SUMMED,
+                EVEN, both, DEPTH,
             )  # fmt: skip
             if ACT is not None and not INTERLEAVED:
                 y_2 = _add_products(
                     y_2, x, even, odd, xs, b, b_scale, columns + first_column, columns - first_column, start, last,
-                    b_row, b_scale_row, b_scale_group, GROUP, SHARED, TRANSPOSED, B_SWIZZLED, WIDE, NATIVE, SUMMED,
-                    EVEN, COLUMNS, DEPTH,
+                    b_row, b_scale_row, b_scale_group, GROUP, SHARED, TRANSPOSED, B_SWIZZLED, WIDE, NATIVE, WORDS,
+                    SUMMED, EVEN, COLUMNS, DEPTH,
                 )  # fmt: skip
+    if WORDS:
+        y *= 16384.0
+        if ACT is not None:
+            y_2 *= 16384.0
     row, column = row[None, :], column[:, None]
     stored = inside[:, None] & read[None, :]
     at = row.to(tl.int64) * columns + column

@@ -14,7 +14,7 @@ from ...tuning.store import choose
 from ..quant.scheme import Scheme
 from ..rows import known, static
 from . import OUTPUTS
-from .blocks import group_of
+from .blocks import group_of, kind_of
 from .blocks_kernel import block_kernel
 from .dispatch import FEW, Request, why_not
 from .kernel import split_kernel
@@ -94,13 +94,9 @@ def native(arch: Arch, kind: Scheme, cut: Cut) -> bool:
     return arch.capability in (120, 121) or (arch.name == "gfx950" and not kind.packed)
 
 
-def kind_of(kind: Scheme) -> str:
-    """What is multiplied, as `dispatch` has it."""
-    if kind.packed:
-        return "nvfp4"
-    if group_of(kind) == 32:
-        return "mxfp8"
-    return "int8_block128" if kind.dtype == torch.int8 else "fp8_block128"
+def by_words(arch: Arch, kind: Scheme, cut: Cut) -> bool:
+    """Whether packed codes are unpacked by PTX, two an instruction; the interpreter of tests has none for sm_89."""
+    return kind.packed and arch.capability >= 90 and (cut.rows == 1 or not native(arch, kind, cut))
 
 
 def table_key(kind: str, columns: int, k: int) -> dict[str, object]:
@@ -137,7 +133,7 @@ def refuse_cut(cut: Cut, group: int, by_sum: bool) -> str | None:
     return no_power_of_two(cut, "rows", "columns", "depth", "warps")
 
 
-def _refuse(arch: Arch, kind: Scheme, tensors: dict[str, torch.Tensor | None], k: Any) -> str | None:
+def _refuse(arch: Arch, kinds: tuple[Scheme, Scheme], tensors: dict[str, torch.Tensor | None], k: Any) -> str | None:
     """Why the kernel cannot multiply these."""
     a = tensors["a"]
     assert a is not None
@@ -150,8 +146,9 @@ def _refuse(arch: Arch, kind: Scheme, tensors: dict[str, torch.Tensor | None], k
         return f"{arch.name} has no float8_e4m3fnuz"
     if not isinstance(k, int) or not isinstance(tensors["b"].shape[0], int):  # type: ignore[union-attr]
         return "the size of the weight is symbolic"
-    codes = k * (2 if kind.packed else 1)
-    request = Request(kind_of(kind), static(a.shape[0]), tensors["b"].shape[0], codes)  # type: ignore[union-attr]
+    codes = k * (2 if kinds[0].packed else 1)
+    columns: int = tensors["b"].shape[0]  # type: ignore[union-attr]
+    request = Request(kind_of(kinds[0]), static(a.shape[0]), columns, codes, layout=kinds[1].layout)
     if reason := why_not(arch, request, "triton"):
         return reason
     for name in ("a", "b", "bias"):
@@ -178,7 +175,9 @@ def plan(
     kinds = Scheme.parse(a_scheme), Scheme.parse(b_scheme)
     scales = {"a_scale": a_scale, "b_scale": b_scale, "a_global": a_global_scale, "b_global": b_global_scale}
     depths = b.shape[1]
-    if reason := _refuse(arch, kinds[0], {"a": a, "b": b, **scales, "bias": bias}, depths):
+    if kinds[0].layout in ("trtllm", "deepgemm"):
+        return f"a lies as {kinds[0].layout} wants it"
+    if reason := _refuse(arch, kinds, {"a": a, "b": b, **scales, "bias": bias}, depths):
         return reason
     rows, columns = static(a.shape[0]), b.shape[0]
     if rows is None:
@@ -230,6 +229,7 @@ def plan(
             "SHARED": 128 if kinds[1].granularity == "block128" else 1,
             "WIDE": None if by_sum else wide,
             "NATIVE": native(arch, kinds[0], cut),
+            "WORDS": by_words(arch, kinds[0], cut),
             "EVEN": depths % cut.depth == 0,
             "ROWS": cut.rows,
             "COLUMNS": cut.columns,

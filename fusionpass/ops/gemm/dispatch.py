@@ -3,12 +3,14 @@
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ...arch import Arch
 from ...errors import ArgumentError, nearest
-from ...op import Refusal
+from ...launch import Late, Launch, Plain
+from ...op import Backend, Refusal
 
 FEW = 64
 """Rows that are bound by reading the weights; more are bound by their products."""
@@ -28,6 +30,7 @@ class Request:
         columns: of the result.
         k: codes, or elements, of a row of either.
         out_dtype: of the result, by name.
+        layout: of `w` and its scales, as `ops/quant/layout.py` names them.
     """
 
     kind: str
@@ -35,6 +38,7 @@ class Request:
     columns: int
     k: int
     out_dtype: str = "bfloat16"
+    layout: str = "linear"
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ def _blocks(least: int, e4m3fn: bool = True) -> Gate:
             return reason
         if request.k == 0:
             return "K is 0"
+        if request.layout not in ("linear", "swizzled"):
+            return f"w lies as {request.layout} wants it"
         return "gfx942 has no float8_e4m3fn" if e4m3fn and arch.name == "gfx942" else None
 
     return gate
@@ -104,23 +110,44 @@ def _cublas(least: int, what: str) -> Gate:
 
 
 def _cublas_blocks(arch: Arch, request: Request) -> Refusal:
-    """Hopper's product of FP8 in blocks, twice as fast as ours at 2048 rows."""
+    """Hopper's product of FP8 in blocks, twice as fast as ours at 2048 rows; its rows are padded to a multiple of 4."""
     if arch.name != "sm_90":
         return f"cuBLAS's product of blocks is for sm_90, not {arch.name}"
     if request.rows is None:
         return "the number of rows is symbolic"
     if request.rows <= FEW:
         return f"{request.rows} rows are bound by reading the weight"
-    if request.rows % 4:
-        return f"{request.rows} rows are no multiple of 4, as their scales have to be"
     if request.columns % 16 or request.k % 512:
         return f"N is {request.columns} and K {request.k}, not multiples of 16 and 512"
     if request.out_dtype != "bfloat16":
         return f"it writes bfloat16, not {request.out_dtype}"
+    if reason := _lies(request, "linear"):
+        return reason
     version = torch.version.cuda
     if version is not None and tuple(map(int, version.split(".")[:2])) < (12, 9):
         return f"it needs CUDA 12.9, not {version}"
     return None
+
+
+def _lies(request: Request, layout: str) -> Refusal:
+    """Why `w` is not as a library's kernels read it."""
+    told = f"w lies {request.layout}, not {layout}: repack_linears_ changes that"
+    return None if request.layout == layout else told
+
+
+def _cublas_scaled(what: str) -> Gate:
+    """PyTorch's product with scales for short groups, `torch.nn.functional.scaled_mm`."""
+
+    def gate(arch: Arch, request: Request) -> Refusal:
+        if reason := _cublas(100, what)(arch, request):
+            return reason
+        if request.out_dtype != "bfloat16":
+            return f"it is called for bfloat16 alone, not {request.out_dtype}"
+        if request.columns % 16 or request.k % 32:
+            return f"N is {request.columns} and K {request.k}, not multiples of 16 and 32"
+        return _lies(request, "swizzled")
+
+    return gate
 
 
 def _always(arch: Arch, request: Request) -> Refusal:
@@ -133,14 +160,18 @@ def _deep_gemm(columns: int, k: int) -> Gate:
             return f"DeepGEMM is for sm_90 and sm_100, not {arch.name}"
         if request.columns % columns or request.k % k:
             return f"N is {request.columns} and K {request.k}, not multiples of {columns} and {k}"
-        if request.kind != "bf16_fp32" and request.out_dtype != "bfloat16":
-            return f"DeepGEMM writes bfloat16, not {request.out_dtype}"
+        if request.kind != "bf16_fp32":
+            if request.out_dtype != "bfloat16":
+                return f"DeepGEMM writes bfloat16, not {request.out_dtype}"
+            # Blackwell's kernels read exponents, four at a time.
+            if reason := _lies(request, "linear" if arch.name == "sm_90" else "deepgemm"):
+                return reason
         return None if importlib.util.find_spec("deep_gemm") is not None else "the package deep_gemm is not installed"
 
     return gate
 
 
-def _flashinfer(targets: tuple[str, ...], k: int = 1, bfloat16: bool = False) -> Gate:
+def _flashinfer(targets: tuple[str, ...], k: int = 1, bfloat16: bool = False, layout: str = "swizzled") -> Gate:
     def gate(arch: Arch, request: Request) -> Refusal:
         if arch.name not in targets:
             return f"it is for {', '.join(targets)}, not {arch.name}"
@@ -152,6 +183,10 @@ def _flashinfer(targets: tuple[str, ...], k: int = 1, bfloat16: bool = False) ->
             return f"N is {request.columns} and K {request.k}, not multiples of 32"
         if bfloat16 and request.out_dtype != "bfloat16":
             return f"it writes bfloat16, not {request.out_dtype}"
+        if request.out_dtype == "float32":
+            return "it writes 16 bits, not float32"
+        if reason := _lies(request, layout):
+            return reason
         return None if importlib.util.find_spec("flashinfer") is not None else "the package flashinfer is not installed"
 
     return gate
@@ -160,11 +195,12 @@ def _flashinfer(targets: tuple[str, ...], k: int = 1, bfloat16: bool = False) ->
 _BLACKWELL = ("sm_100", "sm_103", "sm_107")
 _ALL_BLACKWELL = (*_BLACKWELL, "sm_110", "sm_120", "sm_121")
 _FLASHINFER: dict[str, Gate] = {
-    "flashinfer_trtllm": _flashinfer(_BLACKWELL, k=256, bfloat16=True),
-    "flashinfer_cutlass": _flashinfer(_ALL_BLACKWELL),
+    "flashinfer_trtllm": _flashinfer(_BLACKWELL, k=256, bfloat16=True, layout="trtllm"),
     "flashinfer_cute_dsl": _flashinfer(_BLACKWELL),
+    "flashinfer_cutlass": _flashinfer(_ALL_BLACKWELL),
 }
-"""By the limits that FlashInfer states for MXFP8 and NVFP4."""
+"""By the limits that FlashInfer states for MXFP8 and NVFP4. How the weight lies says which of them is meant: only one
+reads shuffled rows; of the others CUTLASS is for sm_110, sm_120 and sm_121, and CuTe for the rest."""
 _FP8 = {"cublas": _cublas(89, "FP8"), "reference": _always}
 
 KINDS: dict[str, dict[str, Gate]] = {
@@ -184,30 +220,16 @@ KINDS: dict[str, dict[str, Gate]] = {
         "deep_gemm": _deep_gemm(64, 128),
     },
     "int8_block128": {"triton": _blocks(80, e4m3fn=False), "dequantize": _always},
-    "mxfp8": {
-        "triton": _blocks(89),
-        "dequantize": _always,
-        **_FLASHINFER,
-        "cublas": _cublas(100, "MXFP8"),
-        "deep_gemm": _deep_gemm(64, 128),
-    },
-    "nvfp4": {"triton": _blocks(89), "dequantize": _always, **_FLASHINFER, "cublas": _cublas(100, "NVFP4")},
+    "mxfp8": {**_FLASHINFER, "cublas": _cublas_scaled("MXFP8"), "triton": _blocks(89), "dequantize": _always},
+    "nvfp4": {**_FLASHINFER, "cublas": _cublas_scaled("NVFP4"), "triton": _blocks(89), "dequantize": _always},
 }
 """By what is multiplied, why each algorithm cannot compute it, in the order in which "auto" asks. Of those behind the
-one that always can it asks none: they were not measured."""
-
-UNCALLED = {("fp8_block128", "deep_gemm")} | {
-    (kind, name) for kind in ("mxfp8", "nvfp4") for name in (*_FLASHINFER, "cublas", "deep_gemm")
-}
-"""Those that no code of ours calls, since none was run: their limits are known, and an explicit choice is refused."""
+one that always can it asks none: they were not measured, and are for who names them."""
 
 
 def why_not(arch: Arch, request: Request, algorithm: str) -> Refusal:
     """Why `algorithm` cannot compute `request` on `arch`, or None."""
-    reason = KINDS[request.kind][algorithm](arch, request)
-    if reason is None and (request.kind, algorithm) in UNCALLED:
-        return "it could, but is not called: it was never run"
-    return reason
+    return KINDS[request.kind][algorithm](arch, request)
 
 
 def choose(arch: Arch, request: Request, algo: str = "auto") -> Choice:
@@ -229,3 +251,52 @@ def choose(arch: Arch, request: Request, algo: str = "auto") -> Choice:
     if reason := why_not(arch, request, algo):
         raise ArgumentError(f"{algo} cannot: {reason}", request.kind, "Ask for another algorithm, or for 'auto'")
     return Choice(algo, {})
+
+
+def named(backend: Backend, request_of: Callable[..., Request | None], asked: bool = True) -> Backend:
+    """The backend as an op with the argument `algo` has it: left out where another is named, an error where it cannot.
+
+    Args:
+        backend: its name is that of an algorithm.
+        request_of: the request that the op's arguments are; None where a size of the weight is symbolic.
+        asked: whether "auto" asks it.
+
+    Raises:
+        ArgumentError: when planning an algorithm that was named and cannot be, or that there is not.
+    """
+
+    def plan(arch: Arch, algo: str = "auto", **arguments: Any) -> Launch | Late | Plain | str:
+        if algo == "auto":
+            return backend.plan(arch, **arguments) if asked else ""
+        request = request_of(**arguments)
+        if request is not None:
+            choose(arch, request, algo)
+        if algo != backend.name:
+            return f"{algo} was asked for" if backend.name == "triton" else ""  # once is enough
+        planned = backend.plan(arch, **arguments)
+        if isinstance(planned, str):
+            raise ArgumentError(f"{algo} cannot: {planned}", "algo", "Ask for another algorithm, or for 'auto'")
+        return planned
+
+    return Backend(backend.name, plan)
+
+
+def check_algorithm(request: Request, algo: str, device: torch.device) -> None:
+    """What a reference asks of the argument `algo`: that it exists, and on a CPU that it is for one.
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    if device.type == "cpu":
+        choose(Arch("cpu"), request, algo)
+    elif algo != "auto" and algo not in KINDS[request.kind]:
+        raise ArgumentError(
+            f"there is no algorithm {algo!r}", request.kind, nearest(algo, ("auto", *KINDS[request.kind]))
+        )
+
+
+def kind_of_codes(a: torch.Tensor, single: bool) -> str:
+    """The kind of a product of codes with a scale for each matrix (`single`), or for each row and column."""
+    if a.dtype == torch.int8:
+        return "int8_row"
+    return "fp8_tensor" if single else "fp8_row"

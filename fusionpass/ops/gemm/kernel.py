@@ -52,6 +52,7 @@ def stream_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     SUMMED: tl.constexpr,
     A_SCALES: tl.constexpr,
     B_SCALES: tl.constexpr,
@@ -59,9 +60,14 @@ def stream_kernel(
 ):
     """COLUMNS columns of one `b` against all rows of `a` a program, over a share of the `depths` where they are split.
 
+    The share is read in PARTS at once, which lie side by side in the tile: the matrix units then have PARTS * COLUMNS
+    columns, and as many times the rows, of which each part's products with its own count. So narrow weights occupy more
+    multiprocessors without sums that another kernel would add.
+
     The programs of `b_2` and `b_3`, which may be None, come behind those of `b`.
-    EVEN: they are a multiple of DEPTH. ROWS is 1 (products one by one) or a size that `tl.dot` takes. With SPLITS > 1
-    the sums go to `sums`, [SPLITS, rows, columns of all], for `split_kernel`, else to `out`, [rows, columns].
+    EVEN: they are a multiple of DEPTH, and of all the parts where there are several. ROWS is 1 (products one by one) or
+    a size that `tl.dot` takes. With SPLITS > 1 the sums go to `sums`, [SPLITS, rows, columns of all], for
+    `split_kernel`, else to `out`, [rows, columns].
     SUMMED: how many FP8 products Hopper's matrix units may sum in the bits that they have, before float32 is added to.
     """
     block = tl.program_id(0)
@@ -113,7 +119,7 @@ def stream_kernel(
             products += w.to(number) * x.to(number)[None, :]
         y = tl.sum(products, 1)
         row, column_of, stored = 0, column, inside
-    else:
+    elif PARTS == 1:
         row = tl.arange(0, ROWS)
         y = tl.zeros([COLUMNS, ROWS], number)
         a_rows = a + row.to(tl.int64) * a_row
@@ -127,6 +133,30 @@ def stream_kernel(
             x = tl.load(a_rows[None, :] + k[:, None], read, other=0.0)
             y = tl.dot(w, x, y, max_num_imprecise_acc=SUMMED, out_dtype=number)
         row, column_of = row[None, :], column[:, None]
+        stored = inside[:, None] & (row < rows)
+    else:
+        piece = tl.cdiv(depths, SPLITS * PARTS * DEPTH) * DEPTH
+        of_split = tl.program_id(1) * PARTS * piece
+        tile, beside = tl.arange(0, PARTS * COLUMNS), tl.arange(0, PARTS * ROWS)
+        from_w, from_x = of_split + tile // COLUMNS * piece, of_split + beside // ROWS * piece
+        tile_column, row = block * COLUMNS + tile % COLUMNS, beside % ROWS
+        w_at = b + tile_column.to(tl.int64) * b_column + from_w
+        x_at = a + row.to(tl.int64) * a_row + from_x
+        y = tl.zeros([PARTS * COLUMNS, PARTS * ROWS], number)
+        for start in range(0, piece, DEPTH):
+            k = start + depth
+            wanted, read = (tile_column < columns)[:, None], (row < rows)[None, :]
+            if not EVEN:
+                wanted &= from_w[:, None] + k[None, :] < depths
+                read &= from_x[None, :] + k[:, None] < depths
+            w = tl.load(w_at[:, None] + k[None, :], wanted, other=0.0)
+            x = tl.load(x_at[None, :] + k[:, None], read, other=0.0)
+            y = tl.dot(w, x, y, max_num_imprecise_acc=SUMMED, out_dtype=number)
+        part = tl.arange(0, PARTS)
+        own = part[:, None, None, None] == part[None, None, :, None]
+        y = tl.where(own, tl.reshape(y, [PARTS, COLUMNS, PARTS, ROWS]), tl.zeros([1], number))
+        y = tl.sum(tl.sum(y, 2), 0)
+        row, column_of = tl.arange(0, ROWS)[None, :], column[:, None]
         stored = inside[:, None] & (row < rows)
     if SPLITS == 1:
         y = _finish(y, a_scale, b_scale, bias, row, column_of, rows, columns, A_SCALES, B_SCALES)

@@ -4,14 +4,13 @@ import importlib
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ...arch import Arch
 from ...errors import ArgumentError
-from ...launch import Late, Launch
+from ...launch import Plain
 from ...op import Backend, Tolerance, op
-from ..rows import static
-from .dispatch import KINDS, Request, choose
+from ..rows import static, triton_backend
+from .dispatch import Request, check_algorithm, named
 
 _KIND = "bf16_fp32"
 
@@ -44,35 +43,31 @@ def linear_bf16_fp32(x: torch.Tensor, w: torch.Tensor, algo: str = "auto") -> to
         raise ArgumentError(f"x is {tuple(x.shape)}, w {tuple(w.shape)}", "linear_bf16_fp32", "Pass [M, K] and [N, K]")
     if x.dtype != torch.bfloat16 or w.dtype != torch.bfloat16:
         raise ArgumentError(f"x is {x.dtype}, w {w.dtype}", "linear_bf16_fp32", "Both must be bfloat16")
-    if (algo != "auto" and algo not in KINDS[_KIND]) or x.device.type == "cpu":
-        choose(Arch("cpu"), Request(_KIND, None, w.shape[0], w.shape[1]), algo)
+    check_algorithm(Request(_KIND, None, w.shape[0], w.shape[1]), algo, x.device)
     if x.is_cuda and torch.version.hip is None and algo != "upcast":
-        return _by_deep_gemm(x, w) if algo == "deep_gemm" else torch.mm(x, w.t(), out_dtype=torch.float32)
+        return torch.mm(x, w.t(), out_dtype=torch.float32)
     return x.float() @ w.float().t()
 
 
-def _by_deep_gemm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+def _by_deep_gemm(x: torch.Tensor, w: torch.Tensor, **_: Any) -> torch.Tensor:
     out = x.new_empty(x.shape[0], w.shape[0], dtype=torch.float32)
-    if not isinstance(x, FakeTensor):
-        importlib.import_module("deep_gemm").bf16_gemm_nt(x.contiguous(), w.contiguous(), out)
+    importlib.import_module("deep_gemm").bf16_gemm_nt(x.contiguous(), w.contiguous(), out)
     return out
 
 
-def _plan(arch: Arch, x: torch.Tensor, w: torch.Tensor, algo: str = "auto") -> Launch | Late | str:
-    """The launches that run it where few rows read the weights, or why there are none.
-
-    Raises:
-        ArgumentError: `algo` was named and cannot compute this here.
-    """
+def request_of(x: torch.Tensor, w: torch.Tensor, **_: Any) -> Request | None:
+    """The request that the op's arguments are; None where a size of the weight is symbolic."""
     columns, k = (static(size) for size in w.shape)
-    if columns is None or k is None:
-        return "the weight is of symbolic size, and the choice depends on it"
-    chosen = choose(arch, Request(_KIND, static(x.shape[0]), columns, k), algo)
-    if chosen.algorithm != "triton":
-        return chosen.rejected.get("triton", f"{chosen.algorithm} was asked for")
-    from .stream import plan_linear
-
-    return plan_linear(arch, x, w)
+    return None if columns is None or k is None else Request(_KIND, static(x.shape[0]), columns, k, "float32")
 
 
-linear_bf16_fp32.backends.append(Backend("triton", _plan))
+def _plan_deep_gemm(arch: Arch, x: torch.Tensor, w: torch.Tensor) -> Plain | str:
+    """DeepGEMM's call, which was named, so that `named` has asked the table of choices."""
+    if request_of(x, w) is None:
+        return "the size of the weight is symbolic"
+    return Plain(_by_deep_gemm, traced=False)
+
+
+_TRITON = triton_backend(f"{__package__}.stream", "plan_linear")
+linear_bf16_fp32.backends.append(named(_TRITON, request_of))
+linear_bf16_fp32.backends.append(named(Backend("deep_gemm", _plan_deep_gemm), request_of, asked=False))

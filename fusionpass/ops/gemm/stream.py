@@ -12,7 +12,7 @@ from ...tuning.names import no_power_of_two
 from ...tuning.store import choose
 from ..rows import known, static
 from . import OUTPUTS, is_single
-from .dispatch import Request, why_not
+from .dispatch import Request, kind_of_codes, why_not
 from .kernel import split_kernel, stream_kernel
 
 SUMMED = 128
@@ -29,6 +29,7 @@ class Cut:
         splits: programs that share their columns.
         warps: per program.
         stages: steps in flight.
+        parts: of K, that a program reads side by side.
     """
 
     columns: int
@@ -36,6 +37,7 @@ class Cut:
     splits: int = 1
     warps: int = 4
     stages: int = 4
+    parts: int = 1
 
 
 def configure(arch: Arch, rows: int, columns: int, k: int) -> Cut:
@@ -60,11 +62,13 @@ def configure(arch: Arch, rows: int, columns: int, k: int) -> Cut:
 
 def refuse_cut(cut: Cut, rows: int, itemsize: int) -> str | None:
     """Why a product of so many rows, of elements of `itemsize` bytes, cannot be cut so."""
-    if rows > 1 and (cut.columns < 16 or cut.depth < 32):
-        return f"tile: the matrix units take 16 columns of 32 bytes, not {cut.columns} of {cut.depth}"
+    if rows > 1 and (cut.columns * cut.parts < 16 or cut.depth < 32):
+        return f"tile: the matrix units take 16 columns of 32 bytes, not {cut.columns * cut.parts} of {cut.depth}"
+    if rows == 1 and cut.parts > 1:
+        return f"PARTS: one row is multiplied one by one, not in {cut.parts} parts"
     if cut.depth < itemsize:
         return f"BLOCK_SIZE_K: {cut.depth} bytes hold no element"
-    return no_power_of_two(cut, "columns", "depth", "warps")
+    return no_power_of_two(cut, "columns", "depth", "warps", "parts")
 
 
 def _refuse(
@@ -106,9 +110,7 @@ def _kind(a: torch.Tensor, a_scale: torch.Tensor | None, b_scale: torch.Tensor |
     """What is multiplied, as `dispatch` has it."""
     if a_scale is None or b_scale is None:
         return "bf16_fp32"
-    if a.dtype == torch.int8:
-        return "int8_row"
-    return "fp8_tensor" if is_single(a_scale) and is_single(b_scale) else "fp8_row"
+    return kind_of_codes(a, is_single(a_scale) and is_single(b_scale))
 
 
 class Weight(NamedTuple):
@@ -233,10 +235,11 @@ def _plan(
             "a": a,
             "a_row": a.stride(0),
             "depths": k,
-            "EVEN": k % depth == 0,
+            "EVEN": k % (depth if cut.parts == 1 else depth * cut.parts * cut.splits) == 0,
             "ROWS": 1 if rows == 1 else max(16, triton.next_power_of_2(rows)),
             "COLUMNS": cut.columns,
             "DEPTH": depth,
+            "PARTS": cut.parts,
             "SUMMED": 0 if a.element_size() > 1 else depth if fast_accum else min(SUMMED, depth),
         },
         returns=() if split else returns,

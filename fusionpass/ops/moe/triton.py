@@ -12,9 +12,9 @@ from ...arch import Arch
 from ...launch import Empty, Late, Launch
 from ...tuning.store import choose
 from ..gemm import OUTPUTS
-from ..gemm.blocks import group_of
+from ..gemm.blocks import group_of, kind_of
 from ..gemm.blocks_kernel import block_kernel
-from ..gemm.blocks_triton import REACH, Cut, kind_of, named, native, refuse_cut
+from ..gemm.blocks_triton import REACH, Cut, by_words, named, native, refuse_cut
 from ..quant.scheme import Scheme
 from ..quant.triton import plan_quantize
 from ..rows import known, static
@@ -303,12 +303,12 @@ def _product(
 ) -> Launch:
     """The launch of one of the two products."""
     a, b, a_scale, b_scale = (operands[name] for name in ("a", "b", "a_scale", "b_scale"))
-    group, wide, own = 0, None, False
+    group, wide, own, words = 0, None, False, False
     if scheme and (shared_by := group_of(Scheme.parse(scheme))) is not None:
         kind = Scheme.parse(scheme)
         group = shared_by // (2 if kind.packed else 1)
         wide = None if group == 128 else triton.language.float16 if kind.packed else triton.language.bfloat16
-        own = native(arch, kind, cut)
+        own, words = native(arch, kind, cut), by_words(arch, kind, cut)
     depths, turned = b.shape[2], not b.is_contiguous()
     steps = (0, 1)
     if a_scale is not None and group:
@@ -341,6 +341,7 @@ def _product(
             "B_SWIZZLED": False,
             "WIDE": wide,
             "NATIVE": own,
+            "WORDS": words,
             "SUMMED": min(128, cut.depth),
             "EVEN": depths % cut.depth == 0,
             "ROWS": cut.rows,

@@ -1,5 +1,6 @@
 """Quantisation of activations."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -8,6 +9,7 @@ from ...errors import ArgumentError, ScaleError
 from ...op import EXACT, Tolerance, op
 from ..rows import triton_backend
 from .arithmetic import dequantize, quantized, static_codes
+from .layout import refuse_layout
 from .scheme import Scheme
 
 __all__ = [
@@ -92,6 +94,8 @@ def check_quantizable(x: torch.Tensor, scale: torch.Tensor | None, kind: Scheme)
         raise ArgumentError(f"x has shape {tuple(x.shape)}, and nothing to take a maximum of", "quantize")
     if kind.granularity == "block128" and x.dim() != 2:
         raise ArgumentError(f"x has {x.dim()} dimensions", "quantize", f"'{kind}' takes a matrix")
+    if isinstance(x.shape[0], int) and (reason := refuse_layout(math.prod(x.shape[:-1]), kind.layout)):
+        raise ArgumentError(f"x cannot be {str(kind)!r}", "quantize", f"As {reason}; leave the layout linear")
     if kind.group is not None and x.shape[-1] % kind.group:
         raise ArgumentError(
             f"the width {x.shape[-1]} is not a multiple of {kind.group}",

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .layout import column_major, swizzled, unswizzled
+from .layout import laid_out, linear
 from .scheme import Scheme
 
 _STEPS = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
@@ -53,12 +53,7 @@ def quantized(x: torch.Tensor, scale: torch.Tensor | None, kind: Scheme) -> list
     q = codes(y, kind)
     if kind.group is None:
         return [q, stored]
-    stored = stored.squeeze(-1)
-    if kind.layout == "column_major":
-        stored = column_major(stored)
-    elif kind.layout == "swizzled":
-        stored = swizzled(stored)
-    return [q.flatten(-2), stored]
+    return [*laid_out(q.flatten(-2), stored.squeeze(-1), kind.layout)]
 
 
 def computed_scale(amax: torch.Tensor, kind: Scheme, dtype: torch.dtype) -> torch.Tensor:
@@ -143,15 +138,15 @@ def dequantize(
         float32, the shape of what was quantised.
     """
     kind = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    if kind.group is not None and kind.layout != "column_major":
+        groups = q.shape[-1] * (2 if kind.packed else 1) // kind.group
+        q, scale = linear(q, scale, kind.layout, (*q.shape[:-1], groups))
     values = _unpacked(q) if kind.packed else q.float()
     if kind.static:
         return values * scale.float().reshape(())
     if kind.granularity == "block128":
         rows, columns = values.shape
         return values * scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
-    if kind.layout == "swizzled":
-        assert kind.group is not None
-        scale = unswizzled(scale, (*values.shape[:-1], values.shape[-1] // kind.group))
     if kind.scale_dtype == torch.float8_e8m0fnu:
         scale = torch.exp2(scale.double() - 127).float().where(scale != 255, torch.nan)
     step = scale.float() if given is None else scale.float() * given.float().reshape(())
@@ -162,9 +157,11 @@ def dequantize(
 
 
 def _unpacked(q: torch.Tensor) -> torch.Tensor:
-    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=q.device)
-    values = torch.cat([magnitudes, -magnitudes])
-    return values[torch.stack([q & 15, q >> 4], -1).flatten(-2).long()]
+    # By arithmetic: a table would be a constant of the graph, which keeps equal nodes apart.
+    code = torch.stack([q & 15, q >> 4], -1).flatten(-2)
+    magnitude = code & 7
+    quarters = torch.where(magnitude < 2, magnitude * 2, (2 + (magnitude & 1)) << (magnitude >> 1))
+    return quarters.float() * torch.where(code >= 8, -0.25, 0.25)
 
 
 def _block_quantized(x: torch.Tensor, kind: Scheme) -> list[torch.Tensor]:

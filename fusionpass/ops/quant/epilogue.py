@@ -311,6 +311,8 @@ def refuse_scheme(arch: Arch, scale: torch.Tensor | None, scheme: str, x: torch.
     kind = Scheme.parse(scheme)
     if kind.granularity == "block128":
         return "there is no kernel for scales of 128 x 128 blocks"
+    if kind.layout in ("trtllm", "deepgemm"):
+        return f"the layout {kind.layout!r} is for weights, which no kernel quantises"
     converts = (kind.dtype, kind.stored_scale_dtype)
     if torch.float8_e4m3fn in converts and not arch.has_fp8_e4m3fn:
         return f"Triton cannot convert to float8_e4m3fn on {arch.name}"

@@ -25,7 +25,8 @@ class Scheme:
         scale_dtype: float32; float8_e8m0fnu, an exponent byte (uint8: 2**(byte - 127)); float8_e4m3fn, relative to a
             float32 scale of the whole tensor that is given.
         layout: of the scales in memory. "linear"; "column_major", with the rows padded to 16 bytes as TMA wants them;
-            "swizzled", the 128 × 4 blocks of cuBLAS, padded with zeros.
+            "swizzled", the 128 × 4 blocks of cuBLAS, padded with zeros; "trtllm" and "deepgemm", for weights, which
+            `layout.py` describes.
         amax_dtype: None where the scale is given; "float32"; "input", where the quotient is rounded to the dtype of x.
         eps: lower bound of the computed scale; 0.0 for none.
         rounding: "reciprocal" multiplies by 1/scale rounded to float32, "divide" divides by the scale.
@@ -80,6 +81,8 @@ class Scheme:
     @property
     def stored_scale_dtype(self) -> torch.dtype:
         """Of the tensor that holds the scales."""
+        if self.layout == "deepgemm":
+            return torch.int32
         return torch.uint8 if self.scale_dtype == torch.float8_e8m0fnu else self.scale_dtype
 
     @property
@@ -132,6 +135,8 @@ class Scheme:
                 known = [f"{k}={v}" for k, values in offered.items() for v in (["…"] if callable(values) else values)]
                 raise SchemeError(f"{override!r} is not an override of {name}", "scheme", nearest(override, known))
         made = dataclasses.replace(SCHEMES[name], **changes)  # type: ignore[arg-type]
+        if made.layout == "deepgemm" and made.scale_dtype != torch.float8_e8m0fnu:
+            raise SchemeError(f"{text!r} packs exponents", "scheme", "Add scale_dtype=float8_e8m0fnu")
         if made.scale_dtype == torch.float8_e8m0fnu and made.scale_rounding == "none":
             return dataclasses.replace(made, scale_rounding="ceil")
         return made
@@ -212,13 +217,13 @@ _OVERRIDES: dict[str, dict[str, _Choices]] = {
     "fp8_group128": _FP8
     | _COMPUTED
     | {
-        "layout": _named("linear", "column_major"),
+        "layout": _named("linear", "column_major", "deepgemm"),
         "scale_rounding": _named("none", "ceil", "log2_ceil"),
         "scale_dtype": _named(torch.float32, torch.float8_e8m0fnu),
     },
     "fp8_block128": _FP8 | _COMPUTED,
-    "mxfp8": {"layout": _named("linear", "swizzled"), "scale_rounding": _named("ceil", "log2_ceil", "floor")},
-    "nvfp4": {"layout": _named("linear", "swizzled"), "rounding": _FP8["rounding"]},
+    "mxfp8": {"layout": _named("linear", "swizzled", "trtllm"), "scale_rounding": _named("ceil", "log2_ceil", "floor")},
+    "nvfp4": {"layout": _named("linear", "swizzled", "trtllm"), "rounding": _FP8["rounding"]},
     "int8_token": _COMPUTED | {"divisor": _named(127.5)},
     "int8_group128": _COMPUTED | {"layout": _named("linear", "column_major"), "divisor": _named(127.5)},
     "int8_block128": _COMPUTED,
