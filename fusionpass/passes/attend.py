@@ -8,10 +8,11 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import FusionpassError
-from ..graphs import VIEWS, aten, erase_unused, same_shape, same_strides
+from ..graphs import VIEWS, aten, erase_unused, inherit, is_view_of_rows, same_shape, same_strides
 from ..infer import Inference
 from ..op import OPS
 from ..ops.attention import attention
+from ..ops.quant import quantize
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _DEFAULTS: dict[str, Any] = {
@@ -84,6 +85,56 @@ def _result(arguments: dict[str, Any], wanted: torch.Tensor) -> torch.Tensor | N
         return None  # the call's own error is the user's
     alike = same_strides(wanted.shape, made.stride(), wanted.stride()) or wanted.is_contiguous()
     return made if alike and made.dtype == wanted.dtype and same_shape(made.shape, wanted.shape) else None
+
+
+def join_heads(graph: Graph) -> None:
+    """Let each attention in an aten graph whose heads are joined to rows, which are quantised, join them itself."""
+    infer = Inference()
+    for node in graph.find_nodes(op="call_function", target=attention.overload):
+        arguments = attention.bind(node.args, node.kwargs)
+        rows = _joined(node)
+        if arguments["joined"] or rows is None or not _quantised(rows):
+            continue
+        arguments["joined"] = True
+        results = infer(attention, arguments)
+        assert not isinstance(results, str), results
+        val: torch.Tensor = rows.meta["val"]
+        with graph.inserting_before(node):
+            new = graph.call_function(attention.overload, *attention.call(arguments))
+        new.meta = {**node.meta, "val": results[0]}
+        if not same_shape(val.shape, results[0].shape):
+            with graph.inserting_after(new):
+                view = graph.call_function(aten.view.default, (new, rows.args[1]))
+            view.meta = inherit(rows, val)
+            new = view
+        rows.replace_all_uses_with(new)
+        erase_unused(graph, rows)
+
+
+def _joined(node: Node) -> Node | None:
+    """The rows of `attended.transpose(1, 2).reshape(...)`, if nothing else reads what is attended."""
+    chain = [node]
+    while len(chain[-1].users) == 1 and chain[-1].target not in VIEWS:
+        (reader,) = chain[-1].users
+        if reader.target not in (aten.permute.default, aten.clone.default, *VIEWS):
+            return None
+        chain.append(reader)
+    moved = [reader for reader in chain[1:] if reader.target is not aten.clone.default]
+    if [reader.target for reader in moved[:-1]] != [aten.permute.default] or moved[-1].target not in VIEWS:
+        return None
+    if list(moved[0].args[1]) != [0, 2, 1, 3]:  # type: ignore[arg-type]
+        return None
+    batch, heads, tokens, width = node.meta["val"].shape
+    wanted = ((batch, tokens, heads * width), (batch * tokens, heads * width))
+    shape = moved[-1].meta["val"].shape
+    return moved[-1] if any(same_shape(shape, one) for one in wanted) else None
+
+
+def _quantised(rows: Node) -> bool:
+    """Whether a quantisation reads these rows, perhaps grouped otherwise."""
+    return any(
+        OPS.get(reader.target) is quantize or (is_view_of_rows(reader) and _quantised(reader)) for reader in rows.users
+    )
 
 
 def share_heads(graph: Graph) -> None:

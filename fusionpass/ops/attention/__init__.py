@@ -4,9 +4,9 @@ import torch
 
 from ...arch import Arch
 from ...errors import ArgumentError
-from .decode import attention
+from .decode import attention, attention_quantize
 
-__all__ = ["attention", "view_heads"]
+__all__ = ["attention", "attention_quantize", "view_heads"]
 
 
 def view_heads(x: torch.Tensor, head_dim: int, arch: Arch | None = None) -> torch.Tensor:
