@@ -74,7 +74,7 @@ def heads(
     made = torch.randn(whole, generator=_generator(draw, device), device=device) * spread
     start = draw(st.booleans())
     slices = tuple(slice(pad * start, size + pad * start) for size, pad in zip(stored, pads, strict=True))
-    return made.to(codes or family.dtype)[slices].permute(*(order.index(axis) for axis in range(3)), 3)
+    return made.to(dtype or family.dtype)[slices].permute(*(order.index(axis) for axis in range(3)), 3)
 
 
 @st.composite

@@ -17,7 +17,8 @@ HEAD_OPS = tuple(
     for op in OPS.values()
     if op.backends and op.namespace == "fusionpass" and {"cos", "q_weight"} & {*op.signature.parameters}
 )
-WIDTHS = (4, 6, 8, 20, 64, 80, 96, 128)
+WIDTHS = (4, 6, 8, 20, 64, 80, 96, 128, 192, 256)
+FP8 = torch.float8_e4m3fn
 
 
 @st.composite
@@ -83,6 +84,14 @@ def arguments_for_heads(draw: st.DrawFn, op: Op, device: str, most: int = 5, dty
         if draw(st.booleans()):
             made |= {"v": None, "v_cache": None}
         made["k_out"] = draw(st.booleans())
+    if "q_scale" in wanted:
+        made["code_scheme"] = draw(st.sampled_from(["fp8_static", "fp8_static,rounding=divide"]))
+        for name in ("q", "k", "v"):
+            cache = f"{name}_cache"
+            if f"{name}_scale" in wanted and draw(st.booleans()) and made.get(cache, made["q"]) is not None:
+                made[f"{name}_scale"] = torch.full(draw(st.sampled_from([(), (1, 1)])), 0.037, device=device)
+                if cache in wanted:
+                    made[cache] = draw(heads(groups, k_heads, slots, width, FP8, device, rank))
     return op.bind((), made)
 
 
@@ -94,7 +103,7 @@ def check_heads(op: Op, arch: Arch, arguments: dict[str, Any]) -> list[torch.Ten
     with poisoned():
         outputs = launch.run()
     for name, value in before.items():
-        assert torch.equal(value, arguments[name]), f"{name} was written to"
+        assert torch.equal(_bytes(value), _bytes(arguments[name])), f"{name} was written to"
     results = op.reference(**arguments)
     expected = [results] if op.single else results
     names = op.outputs(arguments)
@@ -110,3 +119,7 @@ def check_heads(op: Op, arch: Arch, arguments: dict[str, Any]) -> list[torch.Ten
             slack = torch.finfo(output.dtype).eps / oracle.numel() ** 0.5 + 1e-6
             assert relative_error(output, oracle) <= 1.05 * relative_error(want, oracle) + slack
     return outputs
+
+
+def _bytes(t: torch.Tensor) -> torch.Tensor:
+    return t.reshape(-1).contiguous().view(torch.uint8)

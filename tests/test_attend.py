@@ -253,3 +253,73 @@ def test_a_models_attention_is_quantised_by_one_kernel() -> None:
 
     report, _ = explained(model, Q, K, V, SEEN, SCALE)
     assert [(record.op, record.backend) for record in report.fused] == [("attention_quantize", "triton")]
+
+
+FP8 = torch.float8_e4m3fn
+K8, V8 = K.to(FP8), V.to(FP8)
+HALF = SCALE.bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("wide", "scale"),
+    [
+        (lambda x, s: (x.float() * s).bfloat16(), SCALE),
+        (lambda x, s: (s * x.to(torch.float32)).to(Q.dtype), SCALE.reshape(1)),
+        (lambda x, s: x.bfloat16() * s, HALF),
+        (lambda x, s: x.bfloat16(), SCALE),
+        (lambda x, s: x.float().bfloat16(), SCALE),
+    ],
+    ids=["product", "factors turned", "in 16 bits", "no scale", "cast twice"],
+)
+def test_codes_are_read_as_they_are(wide: Callable[..., Tensor], scale: Tensor) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
+        return attention(q, wide(k, s), wide(v, s))
+
+    report, ops = ops_of(model, Q, K8, V8, scale, verify=True)
+    graph = dict(report.graphs[0].snapshots)["fuse"]
+    assert ops == ["attention"]
+    assert report.fused[0].backend == "triton"
+    assert "convert_element_type" not in graph
+    compiled = fusionpass.compile(model, numerics="eager", cache=False)
+    with torch.no_grad():
+        assert torch.equal(compiled(Q, K8, V8, scale), model(Q, K8, V8, scale))
+
+
+@pytest.mark.parametrize(
+    "wide",
+    [
+        lambda x, s: (x.float() * s).half().bfloat16(),
+        lambda x, s: (x.float() + s).bfloat16(),
+        lambda x, s: (x.float() * s.expand(DIM).clone()).bfloat16(),
+        lambda x, s: (x.to(torch.int8).float() * s).bfloat16(),
+        lambda x, s: x.to(torch.float8_e5m2).bfloat16(),
+        lambda x, s: (x.float() * 0.5).bfloat16(),
+    ],
+    ids=["rounded twice", "a sum", "scales of columns", "other codes", "other floats", "a number"],
+)
+def test_what_is_no_product_of_codes_and_a_scale_stays(wide: Callable[..., Tensor]) -> None:
+    _, ops = ops_of(lambda q, k, v, s: attention(q, wide(k, s), v), Q, K8, V, SCALE)
+    report, _ = ops_of(lambda q, k, v, s: attention(q, wide(k, s), v), Q, K8, V, SCALE)
+    assert ops == ["attention"]
+    assert "convert_element_type" in dict(report.graphs[0].snapshots)["fuse"]
+
+
+def test_a_cache_that_is_read_elsewhere_too() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Any:
+        wide = (k.float() * s).bfloat16()
+        return attention(q, wide, v), wide.sum()
+
+    report, ops = ops_of(model, Q, K8, V, SCALE)
+    assert ops == ["attention"]
+    assert "k_scale" in dict(report.graphs[0].snapshots)["fuse"]
+
+
+def test_repeated_heads_of_codes() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
+        wide = [repeated((x.float() * s).bfloat16()) for x in (k, v)]
+        return attention(q, *wide)
+
+    report, _ = ops_of(model, Q, K8, V8, SCALE)
+    graph = dict(report.graphs[0].snapshots)["fuse"]
+    assert "expand" not in graph
+    assert "convert_element_type" not in graph

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fusionpass.config import Config
 from fusionpass.op import OPS
-from fusionpass.ops import rms_norm
+from fusionpass.ops import quantize, rms_norm
 from fusionpass.pipeline import early, late
 from fusionpass.report.trace import GraphTrace
 
@@ -64,7 +64,7 @@ def fused(model: Callable[..., Any], *args: Tensor) -> tuple[list[str], GraphTra
     graph.graph.lint()
     got = GraphModule(graph, graph.graph)(*args)
     for ours, theirs in zip(got, expected, strict=True):
-        assert torch.equal(ours, theirs)
+        assert torch.equal(ours.float(), theirs.float())
         assert ours.stride() == theirs.stride()
     return [OPS[node.target].name for node in graph.graph.nodes if node.target in OPS], trace, graph.graph
 
@@ -154,6 +154,43 @@ def slots(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor,
     return q, stores[0].index_put((at,), k), stores[1].index_put((at,), v)
 
 
+def codes(x: Tensor, scale: Tensor) -> Tensor:
+    return (x.float() * scale.reciprocal()).clamp(-448, 448).to(FP8)
+
+
+def put(cache: Tensor, x: Tensor, at: Tensor) -> Tensor:
+    """PyTorch has no index_copy of codes on a CPU."""
+    return torch.ops.aten.index_put(cache, [None, None, at], x)
+
+
+def coded(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *rest: Tensor) -> Any:
+    q, k = llama(heads(q), cos, sin), llama(heads(k), cos, sin)
+    return q, put(rest[0], codes(k, rest[2]), at), put(rest[1], codes(heads(v), rest[3]), at)
+
+
+def coded_and_normalised(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *rest: Tensor) -> Any:
+    """As FP8 attention wants it: queries too."""
+    split = (BATCH, TOKENS, -1, DIM)
+    q, k = norm(q.view(split), rest[4]).transpose(1, 2), norm(k.view(split), rest[4]).transpose(1, 2)
+    q, k = llama(q, cos, sin), llama(k, cos, sin)
+    return codes(q, rest[2]), put(rest[0], codes(k, rest[2]), at), put(rest[1], codes(heads(v), rest[3]), at)
+
+
+def coded_slots(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *rest: Tensor) -> Any:
+    q, k, v = (x[0].view(TOKENS, -1, DIM) for x in (q, k, v))
+    c, s = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
+    stores = [cache[0].transpose(0, 1) for cache in rest[:2]]
+    q, k = q * c + half(q) * s, k * c + half(k) * s
+    return q, stores[0].index_put((at,), codes(k, rest[2])), stores[1].index_put((at,), codes(v, rest[3]))
+
+
+def coded_queries(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale: Tensor) -> Any:
+    return codes(llama(heads(q), cos, sin), scale), llama(heads(k), cos, sin)
+
+
+FP8 = torch.float8_e4m3fn
+SCALES = [torch.tensor(0.03), torch.tensor(0.07)]
+WITH_CODES = (Q, K, V, COS, SIN, AT, *(cache.to(FP8) for cache in CACHES), *SCALES, WEIGHTS[0])
 WITH_CACHE = (Q, K, V, COS, SIN, AT, *CACHES, *WEIGHTS)
 WITHOUT = (Q, K, COS, SIN)
 
@@ -167,6 +204,10 @@ WITHOUT = (Q, K, COS, SIN)
         (keys_first, WITH_CACHE, "qk_rope_cache"),
         (keys_read, WITH_CACHE, "qk_rope_cache"),
         (slots, WITH_CACHE, "qk_rope_cache"),
+        (coded, WITH_CODES, "qk_rope_cache"),
+        (coded_and_normalised, WITH_CODES, "qk_norm_rope_cache"),
+        (coded_slots, WITH_CODES, "qk_rope_cache"),
+        (coded_queries, (*WITHOUT, SCALES[0]), "qk_rope"),
         (interleaved, WITHOUT, "qk_rope"),
         (cohere, WITHOUT, "qk_rope"),
         (olmo2, WITHOUT, "qk_rope"),
@@ -318,6 +359,61 @@ def test_a_norm_whose_rows_would_lie_otherwise() -> None:
 def test_a_rotation_that_is_read_without_its_norm() -> None:
     names, _, _ = fused(lambda q, *rest: (x := llama(heads(q), *rest[:2]), norm(x, rest[2])), Q, COS, SIN, WEIGHTS[0])
     assert names == ["rope", "rms_norm"]
+
+
+def divided(x: Tensor, scale: Tensor) -> Tensor:
+    return (x.float() / scale).clamp(-448, 448).to(FP8)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "values", "expected"),
+    [
+        (divided, codes, codes, ["qk_rope_cache", "quantize"]),
+        (codes, codes, divided, ["cache_write", "qk_rope_cache"]),
+        (codes, divided, codes, ["cache_write", "qk_rope_cache", "quantize"]),
+    ],
+)
+def test_codes_of_several_kinds_stay_apart(
+    queries: Callable[..., Tensor], keys: Callable[..., Tensor], values: Callable[..., Tensor], expected: list[str]
+) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *rest: Tensor) -> Any:
+        q, k = llama(heads(q), cos, sin), llama(heads(k), cos, sin)
+        k_cache = put(rest[0], keys(k, rest[2]), at)
+        return queries(q, rest[2]), k_cache, put(rest[1], values(heads(v), rest[3]), at)
+
+    names, trace, _ = fused(model, *WITH_CODES)
+    assert sorted(names) == expected
+    first, other = sorted(("fp8_static", "fp8_static,rounding=divide"), reverse=keys is divided)
+    assert f"it has codes of {first!r}, not of {other!r}" in [record.reason for record in trace.refused]
+
+
+def test_codes_whose_scale_is_computed_stay() -> None:
+    def model(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        return *quantize.reference(llama(heads(q), cos, sin), None, "fp8_token"), llama(heads(k), cos, sin)
+
+    names, trace, _ = fused(model, *WITHOUT)
+    assert names == ["qk_rope", "quantize"]
+    assert "'fp8_token' computes its scale" in [record.reason for record in trace.refused]
+
+
+def test_queries_that_are_read_beside_their_codes() -> None:
+    def model(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale: Tensor) -> Any:
+        x = llama(heads(q), cos, sin)
+        return codes(x, scale), x.abs(), llama(heads(k), cos, sin)
+
+    names, trace, _ = fused(model, *WITHOUT, SCALES[0])
+    assert names == ["qk_rope", "quantize"]
+    assert any("would be two results, both of which are read" in record.reason for record in trace.refused)
+
+
+def test_codes_that_are_read_beside_the_cache() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *rest: Tensor) -> Any:
+        made = codes(heads(v), rest[3])
+        return put(rest[1], made, at), made.float()
+
+    names, trace, _ = fused(model, *WITH_CODES)
+    assert names == ["quantize", "cache_write"]
+    assert any("does not return q, which is read" in record.reason for record in trace.refused)
 
 
 def stays(graph: Graph) -> bool:

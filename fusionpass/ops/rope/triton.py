@@ -12,6 +12,8 @@ from ...launch import Empty, Launch
 from ...tuning.names import no_power_of_two
 from ...tuning.store import choose
 from ..norm import BEFORE
+from ..quant.epilogue import refuse_scheme
+from ..quant.scheme import Scheme
 from ..rows import FLOATS, known, static
 from . import DEINTERLEAVED, EACH, HALF, INTERLEAVED, LAST
 from .kernel import heads_kernel
@@ -216,9 +218,22 @@ def _plan(
     v_cache: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
     dim: int = 2,
+    q_scale: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    code_scheme: str = "fp8_static",
     k_out: bool = True,
 ) -> Launch | str:
-    likes = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    caches = {"k_cache": (k_cache, k_scale), "v_cache": (v_cache, v_scale)}
+    scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+    kind = Scheme.parse(code_scheme)
+    for scale in scales.values():
+        if scale is not None and (reason := refuse_scheme(arch, scale, code_scheme, q.device)):
+            return reason
+    for name, (cache, scale) in caches.items():
+        if cache is not None and scale is not None and (cache.dtype, cache.device) != (kind.code_dtype, q.device):
+            return f"{name} is {cache.dtype}, not {kind.code_dtype}, or on {cache.device}, not {q.device}"
+    likes = {"k": k, "v": v, **{name: cache for name, (cache, scale) in caches.items() if scale is None}}
     given = {"cos": cos, "sin": sin}
     weights = {"q_weight": q_weight, "k_weight": k_weight}
     if reason := _refuse_dtypes(q, likes, given, weights, rounding, norm_rounding):
@@ -232,13 +247,14 @@ def _plan(
     wide = cos is not None and rounding == EACH and torch.promote_types(q.dtype, cos.dtype) != q.dtype
     if wide and normed and not norm_first:
         return f"x is {q.dtype} and the norm reads it rotated, which is wider"
-    if wide and k_cache is not None:
+    if wide and k_cache is not None and k_scale is None:
         return f"the cache is {k_cache.dtype}, and the rotated keys are wider"
     axes = _axes(q, cos, None if positions is None else dim)
     if isinstance(axes, str):
         return axes
     tables = {name: _table(t, q, axes, name) if t is not None else (0, 0) for name, t in given.items()}
-    rows = {name: _rows(t, axes, name) for name, t in {"q": q, **likes}.items() if t is not None}
+    read = {"q": q, **likes, "k_cache": k_cache, "v_cache": v_cache}
+    rows = {name: _rows(t, axes, name) for name, t in read.items() if t is not None}
     for found in (*tables.values(), *rows.values()):
         if isinstance(found, str):
             return found
@@ -249,7 +265,8 @@ def _plan(
         return "the number of heads is symbolic"
     in_order = paired or turned < width or style == DEINTERLEAVED
     dtype = cos.dtype if wide and cos is not None else q.dtype
-    q_out, q_out_rows = _out(shape, q.shape, dtype, axes, in_order)
+    q_dtype = dtype if q_scale is None else kind.code_dtype
+    q_out, q_out_rows = _out(shape, q.shape, q_dtype, axes, in_order)
     made, made_rows = _out(keys, k.shape, dtype, axes, in_order) if k is not None and k_out else (None, None)
     tokens = shape.groups * shape.tokens
     count = static(tokens)
@@ -275,6 +292,7 @@ def _plan(
             "v": v,
             **given,
             **weights,
+            **scales,
             "positions": positions,
             **outputs,
             "tokens": tokens,
@@ -307,6 +325,8 @@ def _plan(
             "NORM": ("before" if norm_first else "after") if normed else "",
             "AFTER": norm_rounding != BEFORE,
             "LAST": rounding == LAST,
+            "LIMIT": kind.max,
+            "DIVIDE": kind.rounding == "divide",
             "WIDE": wide,
             "HEADS": cut.heads,
             "TOKENS": cut.tokens,
@@ -316,5 +336,5 @@ def _plan(
         num_warps=cut.warps,
         pdl=arch.has_pdl,
         fp_fusion=False,
-        mutates=tuple(name for name in ("k_cache", "v_cache") if likes[name] is not None),
+        mutates=tuple(name for name, (cache, _) in caches.items() if cache is not None),
     )
