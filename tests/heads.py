@@ -66,9 +66,12 @@ def arguments_for_heads(draw: st.DrawFn, op: Op, device: str, most: int = 5, dty
     if "norm_rounding" in wanted:
         made["norm_rounding"] = draw(st.sampled_from([BEFORE, AFTER]))
         made["weight_offset"] = draw(st.sampled_from([0.0, 1.0])) if made["norm_rounding"] == AFTER else 0.0
-        for name in ("weight", "q_weight", "k_weight"):
+        if "heads_dim" in wanted and width >= 8:  # of fewer, heads may come in a layout of their own
+            made["heads_dim"] = draw(st.sampled_from([-1, rank - 3]))
+        whole = made.get("heads_dim", -1) >= 0
+        for name, count in (("weight", k_heads), ("q_weight", q_heads), ("k_weight", k_heads)):
             if name in wanted and draw(st.booleans()):
-                made[name] = torch.randn(width, generator=generator, device=device).to(dtype)
+                made[name] = torch.randn(width * (count if whole else 1), generator=generator, device=device).to(dtype)
         for name in ("eps", "q_eps", "k_eps"):
             if name in wanted:
                 made[name] = draw(st.sampled_from([1e-6, 1e-5, 0.1]))

@@ -20,7 +20,12 @@ EXAMPLES = {
     "torchao_model": "MLP: 2 fused, 0 refused, 0 missed; 1 graphs",
     "why_not": "Model: 6 fused, 0 refused, 1 missed; 1 graphs",
 }
-NEEDS = {"fp8_cache": "transformers", "hf_generate": "transformers", "diffusers_transformer": "diffusers", "torchao_model": "torchao"}
+NEEDS = {
+    "fp8_cache": "transformers",
+    "hf_generate": "transformers",
+    "diffusers_transformer": "diffusers",
+    "torchao_model": "torchao",
+}
 
 
 def _run(name, **environment):

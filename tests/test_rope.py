@@ -10,9 +10,10 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fusionpass.arch import Arch
 from fusionpass.config import Config
 from fusionpass.op import OPS
-from fusionpass.ops import quantize, rms_norm
+from fusionpass.ops import norm_heads, quantize, rms_norm
 from fusionpass.pipeline import early, late
 from fusionpass.report.trace import GraphTrace
 
@@ -191,6 +192,22 @@ def coded_queries(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale: Tensor)
 FP8 = torch.float8_e4m3fn
 SCALES = [torch.tensor(0.03), torch.tensor(0.07)]
 WITH_CODES = (Q, K, V, COS, SIN, AT, *(cache.to(FP8) for cache in CACHES), *SCALES, WEIGHTS[0])
+
+
+def whole(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *rest: Tensor) -> Any:
+    """As OLMo2: all heads of a token are one row for the norm."""
+    q, k = heads(norm(q, rest[2])), heads(norm(k, rest[3], 1e-5))
+    q, k = llama(q, cos, sin), llama(k, cos, sin)
+    return q, write(rest[0], k, at), write(rest[1], heads(v), at)
+
+
+def whole_tokens_first(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor) -> Any:
+    c, s = cos.unsqueeze(2), sin.unsqueeze(2)
+    q, k = (norm(x, w).view(BATCH, TOKENS, -1, DIM) for x, w in zip((q, k), weights, strict=True))
+    return q * c + half(q) * s, k * c + half(k) * s
+
+
+WHOLE = [torch.rand(n * DIM).add(0.5).bfloat16() for n in (4, 2)]
 WITH_CACHE = (Q, K, V, COS, SIN, AT, *CACHES, *WEIGHTS)
 WITHOUT = (Q, K, COS, SIN)
 
@@ -204,6 +221,8 @@ WITHOUT = (Q, K, COS, SIN)
         (keys_first, WITH_CACHE, "qk_rope_cache"),
         (keys_read, WITH_CACHE, "qk_rope_cache"),
         (slots, WITH_CACHE, "qk_rope_cache"),
+        (whole, (Q, K, V, COS, SIN, AT, *CACHES, *WHOLE), "qk_norm_rope_cache"),
+        (whole_tokens_first, (Q, K, COS, SIN, *WHOLE), "qk_norm_rope"),
         (coded, WITH_CODES, "qk_rope_cache"),
         (coded_and_normalised, WITH_CODES, "qk_norm_rope_cache"),
         (coded_slots, WITH_CODES, "qk_rope_cache"),
@@ -344,6 +363,37 @@ def test_a_norm_that_stays(model: Callable[..., Any], expected: list[str]) -> No
     names, _, graph = fused(lambda q, *rest: model(q.view(BATCH, TOKENS, 4, DIM), *rest), Q, COS, SIN, WEIGHTS[0])
     assert names == expected
     assert stays(graph)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda q, c, s, w: (llama(heads(x := norm(q, w)), c, s), x + 1),
+        lambda q, c, s, w: (llama((x := norm(q, w).view(BATCH, TOKENS, 4, DIM)).transpose(1, 2), c, s), x + 1),
+        lambda q, c, s, w: (llama(x := heads(norm(q, w)), c, s), x + 1),
+        lambda q, c, s, w: (heads(norm(q, w)) + 1,),
+        lambda q, c, s, w: (llama(norm(q, w).view(BATCH, 2, TOKENS * 2, DIM)[:, :, :TOKENS], c, s),),
+        lambda q, c, s, w: (llama(norm(q, w).view(BATCH, 4, TOKENS, DIM), c, s),),
+        lambda q, c, s, w: (llama(heads(modulated(q, w, w)), c, s),),
+    ],
+    ids=["norm read", "heads read", "moved read", "no rotation", "a part", "cut otherwise", "modulated"],
+)
+def test_a_whole_norm_that_stays(model: Callable[..., Any]) -> None:
+    names, _, _ = fused(model, Q, COS, SIN, WHOLE[0])
+    assert "rms_norm" in names
+
+
+def test_a_whole_norm_behind_which_nothing_folds_is_one_of_rows_again() -> None:
+    """Its parts have the kernel that it lacks."""
+    launch, reason = norm_heads.plan(Arch("sm_90"), norm_heads.bind((Q.view(BATCH, TOKENS, 4, DIM), 2), {}))
+    assert (launch, reason) == (None, "no kernel is registered for it")
+    trace, config = GraphTrace(0), Config(target=Arch("sm_90"), disable=frozenset({"norm_rope.whole"}))
+    graph = make_fx(whole_tokens_first, select_decomp_table(), "fake")(Q, K, COS, SIN, *WHOLE).graph
+    for _, function in (*early(config, trace), *late(config, trace)):
+        function(graph)
+    assert [(record.op, record.backend) for record in trace.fused if "norm" in record.op] == [
+        ("rms_norm", "triton")
+    ] * 2
 
 
 def test_a_norm_whose_rows_would_lie_otherwise() -> None:

@@ -12,7 +12,7 @@ from ..ops.attention.decode import CODE_DTYPES
 from ..ops.norm import rms_norm
 from ..ops.quant import quantize
 from ..ops.quant.scheme import Scheme
-from ..ops.rope import DEINTERLEAVED, EACH, INTERLEAVED, LAST, norm_rope, rope, table
+from ..ops.rope import DEINTERLEAVED, EACH, INTERLEAVED, LAST, norm_heads, norm_rope, rope, table
 from ..ops.rope.pair import (
     cache_write,
     qk_norm_rope,
@@ -142,6 +142,10 @@ def _norm_first(given: dict[str, Any], asked: dict[str, Any]) -> tuple[dict[str,
     return {**asked, **norm, "norm_first": True}, {}
 
 
+def _norm_whole(given: dict[str, Any], asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]] | str:
+    return {**asked, **_renamed(given, {"rounding": "norm_rounding"}), "norm_first": True}, {}
+
+
 def _norm_last(given: dict[str, Any], asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]] | str:
     if asked.get("mod_scale") is not None:
         return "the norm is modulated"
@@ -218,6 +222,7 @@ def _around(base: Op, pair: Op, cached: Op) -> tuple[Fold | Beside, ...]:
 FOLDS = (
     Fold("cache_write.codes", quantize, cache_write, cache_write, "q", ("x",), _stored),
     Fold("norm_rope.before", rms_norm, rope, norm_rope, "norm", (), _norm_first),
+    Fold("norm_rope.whole", norm_heads, rope, norm_rope, "norm", (), _norm_whole),
     Fold("norm_rope.after", rope, rms_norm, norm_rope, "unnormed", (), _norm_last),
     *_around(norm_rope, qk_norm_rope, qk_norm_rope_cache),
     *_around(rope, qk_rope, qk_rope_cache),

@@ -12,6 +12,7 @@ from fusionpass.errors import ArgumentError
 from fusionpass.launch import Launch
 from fusionpass.ops import (
     cache_write,
+    norm_heads,
     norm_rope,
     qk_norm,
     qk_norm_rope,
@@ -146,6 +147,49 @@ def test_codes_compile(op: Any, name: str) -> None:
     if name.startswith("sm"):
         assert "cvt.rn.satfinite.e4m3x2.f32" in asm["ptx"]
         assert "bar.sync" not in asm["ptx"]
+
+
+@pytest.mark.parametrize("name", ["sm_90", "sm_100", "sm_120", "gfx942", "gfx950"])
+@pytest.mark.parametrize(("heads", "width"), [(16, 64), (32, 128), (64, 128)])
+def test_norms_of_whole_tokens_compile(heads: int, width: int, name: str) -> None:
+    q, k = (torch.zeros(1, n, 64, width).bfloat16() for n in (heads, heads // 4))
+    weights = {"q_weight": torch.ones(heads * width).bfloat16(), "k_weight": torch.ones(heads // 4 * width).bfloat16()}
+    table = {n: torch.zeros(1, 1, 64, width).bfloat16() for n in ("cos", "sin")}
+    launch, why = qk_norm_rope.plan(Arch(name), qk_norm_rope.bind((q, k), {**table, **weights, "heads_dim": 1}))
+    assert launch is not None, why
+    assert launch.grid == (64, 2), "a program has all heads of a token"
+    asm = compile_launch(launch, Arch(name))
+    if name.startswith("sm"):
+        assert not re.search(r"(ld|st)\.local", asm["ptx"])
+
+
+def test_norms_of_whole_tokens_are_rms_norms_of_rows() -> None:
+    rows, weight = torch.randn(2, 5, 12).bfloat16(), torch.randn(12).bfloat16()
+    expected = rms_norm(rows, weight, 1e-5).view(2, 5, 3, 4)
+    assert torch.equal(norm_heads(rows.view(2, 5, 3, 4), 2, weight, 1e-5), expected)
+    moved = norm_heads(rows.view(2, 5, 3, 4).transpose(1, 2), 1, weight, 1e-5)
+    assert torch.equal(moved, expected.transpose(1, 2))
+    assert moved.stride() == expected.transpose(1, 2).stride()
+    table = {"cos": torch.rand(5, 4).bfloat16(), "sin": torch.rand(5, 4).bfloat16()}
+    turned = norm_rope(rows.view(2, 5, 3, 4).transpose(1, 2), **table, weight=weight, eps=1e-5, heads_dim=1)
+    assert torch.equal(turned, rope(moved, **table))
+
+
+@pytest.mark.parametrize("dim", [-2, 0, 3])
+def test_heads_are_the_last_dimension_but_one_or_two(dim: int) -> None:
+    with pytest.raises(ArgumentError, match=f"heads_dim={dim} for x of"):
+        norm_heads(torch.zeros(2, 5, 3, 4), dim)
+
+
+def test_whole_tokens_that_the_kernel_refuses() -> None:
+    q = torch.zeros(1, 128, 3, 256).bfloat16()
+    table = {name: torch.zeros(1, 1, 3, 256).bfloat16() for name in ("cos", "sin")}
+    launch, why = norm_rope.plan(H100, norm_rope.bind((q,), {**table, "heads_dim": 1}))
+    assert (launch, why) == (None, "triton: 128 heads of 256 columns do not fit in registers (at most 16384 columns)")
+    # One dimension is the heads for the norm, another one for the angles.
+    launch, why = norm_rope.plan(H100, norm_rope.bind((q,), {**table, "heads_dim": 2}))
+    assert launch is None
+    assert "each head has its own angles" in why
 
 
 def test_values_need_their_cache() -> None:

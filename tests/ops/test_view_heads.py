@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 

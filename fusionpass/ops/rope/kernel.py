@@ -22,15 +22,19 @@ def _scaled(y, w, offset, kind: tl.constexpr, AFTER: tl.constexpr):
 
 
 @triton.jit
-def _normed(a, b, c, wa, wb, wc, eps, offset, kind: tl.constexpr, DIM: tl.constexpr, AFTER: tl.constexpr):
-    """RMSNorm of rows that come in three parts; the parts of what is not there are zero.
+def _normed(a, b, c, wa, wb, wc, eps, offset, columns, kind: tl.constexpr, AFTER: tl.constexpr, WHOLE: tl.constexpr):
+    """RMSNorm of rows of `columns` that come in three parts; the parts of what is not there are zero.
+
+    WHOLE: all rows are one.
 
     Without `c` the last result is `a`: Triton 3.6 returns no None among tensors.
     """
     square = tl.sum(a * a + b * b, 1, keep_dims=True)
     if c is not None:
         square += tl.sum(c * c, 1, keep_dims=True)
-    r = tl.rsqrt(square / DIM + eps)
+    if WHOLE:
+        square = tl.sum(square, 0, keep_dims=True)
+    r = tl.rsqrt(square / columns + eps)
     a = _scaled(a * r, wa, offset, kind, AFTER)
     b = _scaled(b * r, wb, offset, kind, AFTER)
     if c is not None:
@@ -92,6 +96,7 @@ def _one_kind(
     sin_token,
     eps,
     offset,
+    normed,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -102,6 +107,7 @@ def _one_kind(
     NORM: tl.constexpr,
     AFTER: tl.constexpr,
     LAST: tl.constexpr,
+    WHOLE: tl.constexpr,
     LIMIT: tl.constexpr,
     DIVIDE: tl.constexpr,
     TURN: tl.constexpr,
@@ -109,7 +115,8 @@ def _one_kind(
 ):
     """Heads of the queries, of the keys or of the values: `place` is a token's row in `x` and `out`, `at` in `cache`.
 
-    `outside` is a pointer of the dtype that each step is rounded to, `cached` where there is a row in the cache.
+    `outside` is a pointer of the dtype that each step is rounded to, `cached` where there is a row in the cache. WHOLE:
+    the tile is all heads of one token, which are normalised together, `normed` columns.
     """
     kind: tl.constexpr = x.dtype.element_ty
     step: tl.constexpr = outside.dtype.element_ty
@@ -135,7 +142,7 @@ def _one_kind(
     wc = None
     if weight is not None:
         # As wide as the rows: a row of weights would have another layout, and be exchanged through shared memory.
-        none = head * 0
+        none = head * (DIM if WHOLE else 0)
         if NORM == "before":
             wa = tl.load(weight + none + first, mask, other=0.0, eviction_policy="evict_last")
             wb = tl.load(weight + none + second, mask, other=0.0, eviction_policy="evict_last")
@@ -161,14 +168,14 @@ def _one_kind(
         cache_step = tl.load(cache_scale).to(tl.float32)
     pdl_launch(PDL)
     if NORM == "before":
-        a, b, c = _normed(a, b, c, wa, wb, wc, eps, offset, kind, DIM, AFTER)
+        a, b, c = _normed(a, b, c, wa, wb, wc, eps, offset, normed, kind, AFTER, WHOLE)
     if TURN:
         a, b = _turned(a, b, cos_a, sin_a, cos_b, sin_b, step, LAST)
         if LAST:
             a = a.to(kind).to(tl.float32)
             b = b.to(kind).to(tl.float32)
     if NORM == "after":
-        a, b, c = _normed(a, b, c, wa, wb, wc, eps, offset, kind, DIM, AFTER)
+        a, b, c = _normed(a, b, c, wa, wb, wc, eps, offset, normed, kind, AFTER, WHOLE)
     if out is not None:
         to = out + group * out_group + head * out_head + place * out_token
         tl.store(to + first_out, _stored(a, out_step, out, LIMIT, DIVIDE), mask)
@@ -247,6 +254,7 @@ def heads_kernel(
     LIMIT: tl.constexpr,
     DIVIDE: tl.constexpr,
     WIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     PDL: tl.constexpr,
@@ -264,6 +272,11 @@ def heads_kernel(
     q_blocks = (q_heads + HEADS - 1) // HEADS
     k_blocks = (k_heads + HEADS - 1) // HEADS
     outside = cos if WIDE else q
+    q_normed = DIM
+    k_normed = DIM
+    if WHOLE:
+        q_normed = q_heads * DIM
+        k_normed = k_heads * DIM
     pdl_wait(PDL)
     at = place
     cached = token < tokens
@@ -277,8 +290,8 @@ def heads_kernel(
         _one_kind(
             q, q_out, None, q_weight, cos, sin, q_scale, None, outside, head, inside, group, place, at, cached,
             q_group, q_head, q_token, q_out_group, q_out_head, q_out_token, 0, 0, 0,
-            cos_group, cos_token, sin_group, sin_token, q_eps, offset,
-            DIM, HALF, BLOCK, REST, READ_PAIRS, WRITE_PAIRS, PAIRED, NORM, AFTER, LAST, LIMIT, DIVIDE,
+            cos_group, cos_token, sin_group, sin_token, q_eps, offset, q_normed,
+            DIM, HALF, BLOCK, REST, READ_PAIRS, WRITE_PAIRS, PAIRED, NORM, AFTER, LAST, WHOLE, LIMIT, DIVIDE,
             cos is not None, PDL,
         )  # fmt: skip
     elif block < q_blocks + k_blocks:
@@ -289,8 +302,8 @@ def heads_kernel(
                 k, k_out, k_cache, k_weight, cos, sin, None, k_scale, outside, head, inside, group, place, at, cached,
                 k_group, k_head, k_token, k_out_group, k_out_head, k_out_token,
                 k_cache_group, k_cache_head, k_cache_token,
-                cos_group, cos_token, sin_group, sin_token, k_eps, offset,
-                DIM, HALF, BLOCK, REST, READ_PAIRS, WRITE_PAIRS, PAIRED, NORM, AFTER, LAST, LIMIT, DIVIDE,
+                cos_group, cos_token, sin_group, sin_token, k_eps, offset, k_normed,
+                DIM, HALF, BLOCK, REST, READ_PAIRS, WRITE_PAIRS, PAIRED, NORM, AFTER, LAST, WHOLE, LIMIT, DIVIDE,
             cos is not None, PDL,
             )  # fmt: skip
     else:
@@ -300,7 +313,7 @@ def heads_kernel(
             _one_kind(
                 v, None, v_cache, None, cos, sin, None, v_scale, outside, head, inside, group, place, at, cached,
                 v_group, v_head, v_token, 0, 0, 0, v_cache_group, v_cache_head, v_cache_token,
-                cos_group, cos_token, sin_group, sin_token, k_eps, offset,
-                DIM, HALF, BLOCK, REST, False, False, PAIRED, "", AFTER, LAST, LIMIT, DIVIDE, False,
+                cos_group, cos_token, sin_group, sin_token, k_eps, offset, k_normed,
+                DIM, HALF, BLOCK, REST, False, False, PAIRED, "", AFTER, LAST, False, LIMIT, DIVIDE, False,
                 PDL,
             )  # fmt: skip

@@ -12,7 +12,7 @@ from ..norm import BEFORE, NORM, rms_norm
 from ..quant import quantize
 from ..quant.scheme import Scheme
 from ..rows import triton_backend
-from . import _STYLE, _TENSOR, _TURN, NORMED, ROTATED, head_dim, heads, norm_rope, rope, table
+from . import _STYLE, _TENSOR, _TURN, EACH_HEAD, NORMED, ROTATED, head_dim, heads, norm_rope, rope, table
 
 _OPTIONAL = torch.Tensor | None
 STATIC = "fp8_static"
@@ -25,7 +25,7 @@ _WEIGHTS = [
     parameter("weight_offset", float, 0.0),
     parameter("norm_rounding", str, BEFORE),
 ]
-_FIRST = parameter("norm_first", bool, True)
+_FIRST = [parameter("norm_first", bool, True), parameter("heads_dim", int, EACH_HEAD)]
 _CODES = [parameter("q_scale", _OPTIONAL, None), parameter("code_scheme", str, STATIC)]
 _OF_QK = """
         q: [batch, heads, tokens, head_dim], or any other order that `rope` takes.
@@ -93,7 +93,17 @@ def coded(x: torch.Tensor, scale: torch.Tensor, scheme: str) -> torch.Tensor:
 
 _COMMON = {
     rope: ("cos", "sin", "style", "paired", "rounding"),
-    norm_rope: ("cos", "sin", "style", "paired", "rounding", "weight_offset", "norm_rounding", "norm_first"),
+    norm_rope: (
+        "cos",
+        "sin",
+        "style",
+        "paired",
+        "rounding",
+        "weight_offset",
+        "norm_rounding",
+        "norm_first",
+        "heads_dim",
+    ),
     rms_norm: ("weight_offset", "norm_rounding"),
 }
 
@@ -149,12 +159,13 @@ qk_norm = _pair(
 qk_norm_rope = _pair(
     "qk_norm_rope",
     norm_rope,
-    [*_QK, *_TURN, *_WEIGHTS, _FIRST, *_STYLE],
+    [*_QK, *_TURN, *_WEIGHTS, *_FIRST, *_STYLE],
     f"""`rope(rms_norm(...))` of queries and of keys, each head by itself.
 
     Args:{_OF_QK}
         cos, sin, style, paired, rounding: as `rope`.{_OF_NORM}
-        norm_first: False: the norm comes behind the rotation.{_OF_CODES}
+        norm_first: False: the norm comes behind the rotation.
+        heads_dim: as `norm_rope`; not -1: the weights are [heads * head_dim].{_OF_CODES}
 
     Returns:
         [q, k], normalised and rotated.
