@@ -446,6 +446,16 @@ def test_codes_whose_scale_is_computed_stay() -> None:
     assert "'fp8_token' computes its scale" in [record.reason for record in trace.refused]
 
 
+def test_codes_that_are_written_in_another_scheme() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *rest: Tensor) -> Any:
+        made, scale = quantize.reference(heads(v), None, "fp8_token")
+        return put(rest[1], made, at), scale
+
+    names, trace, _ = fused(model, *WITH_CODES)
+    assert names == ["quantize", "cache_write"]
+    assert "'fp8_token' computes its scale" in [record.reason for record in trace.refused]
+
+
 def test_queries_that_are_read_beside_their_codes() -> None:
     def model(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale: Tensor) -> Any:
         x = llama(heads(q), cos, sin)

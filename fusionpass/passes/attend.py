@@ -117,12 +117,9 @@ def _joined(node: Node) -> Node | None:
     """The rows of `attended.transpose(1, 2).reshape(...)`, if nothing else reads what is attended."""
     chain = [node]
     while len(chain[-1].users) == 1 and chain[-1].target not in VIEWS:
-        (reader,) = chain[-1].users
-        if reader.target not in (aten.permute.default, aten.clone.default, *VIEWS):
-            return None
-        chain.append(reader)
+        chain += chain[-1].users
     moved = [reader for reader in chain[1:] if reader.target is not aten.clone.default]
-    if [reader.target for reader in moved[:-1]] != [aten.permute.default] or moved[-1].target not in VIEWS:
+    if ["view" if reader.target in VIEWS else reader.target for reader in moved] != [aten.permute.default, "view"]:
         return None
     if list(moved[0].args[1]) != [0, 2, 1, 3]:  # type: ignore[arg-type]
         return None

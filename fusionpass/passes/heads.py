@@ -83,7 +83,7 @@ def _normalise_later(graph: Graph, node: Node, infer: Inference) -> None:
 
 
 def _normalise_heads(graph: Graph, rotation: Node, infer: Inference) -> None:
-    """Whole tokens that are normalised, then cut into heads, perhaps transposed, and rotated: normalised by the head."""
+    """Tokens that are normalised as a whole, cut into heads, perhaps transposed, and rotated: normalised by the head."""
     moved: Any = rope.bind(rotation.args, rotation.kwargs)["x"]
     swaps = moved.target is aten.permute.default and list(moved.args[1]) == [0, 2, 1, 3]
     view: Any = moved.args[0] if swaps else moved
@@ -108,12 +108,12 @@ def _normalise_heads(graph: Graph, rotation: Node, infer: Inference) -> None:
         given = {name: arguments[name] for name in ("weight", "eps", "weight_offset", "rounding")}
         given |= {"x": x, "heads_dim": by_head.dim() - (3 if swaps else 2)}
         results = infer(norm_heads, given)
-        if isinstance(results, str) or differs(results[0], moved.meta["val"]) is not None:
-            erase_unused(graph, x)
-            return
+        assert not isinstance(results, str), results
         new = graph.call_function(norm_heads.overload, *norm_heads.call(norm_heads.bind((), given)))
     site = site_of(norm)
     both = dataclasses.replace(site, nodes=(*site.nodes, *dict.fromkeys((view.name, moved.name))))
     new.meta = inherit(norm, results[0], {"fusionpass": both})
-    moved.replace_all_uses_with(new)
-    erase_unused(graph, moved)
+    if differs(results[0], moved.meta["val"]) is None:
+        moved.replace_all_uses_with(new)
+    for unread in (moved, new):
+        erase_unused(graph, unread)

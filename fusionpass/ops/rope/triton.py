@@ -189,7 +189,7 @@ def _refuse_dtypes(
 def _out(
     rows: _Rows, shape: Any, dtype: torch.dtype, axes: _Axes, in_order: bool, by_token: bool
 ) -> tuple[Empty, _Rows]:
-    """The rotated heads, laid out as the reference does: as they came, `in_order` of their dimensions, or `by_token`."""
+    """The rotated heads, laid out as the reference has them: as they came, `in_order` of dimensions, or `by_token`."""
     order = [axis for axis in axes if axis is not None]
     inner_heads = by_token or (known(rows.head <= rows.token) and not known(rows.tokens == 1))
     if in_order:
