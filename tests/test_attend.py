@@ -213,9 +213,10 @@ def test_what_is_not_a_tokens_row_stays(model: Callable[..., Any]) -> None:
     def sums(*args: Tensor) -> Tensor:
         return model(*args).float().sum()
 
-    _, ops = ops_of(sums, Q, K, V, SCALE)
+    report, ops = ops_of(sums, Q, K, V, SCALE)
     assert "attention" in ops
     assert "attention_quantize" not in ops
+    assert "joined" not in dict(report.graphs[0].snapshots)["fuse"]
 
 
 def test_heads_that_are_not_joined_are_refused() -> None:

@@ -83,7 +83,7 @@ def _normalise_later(graph: Graph, node: Node, infer: Inference) -> None:
 
 
 def _normalise_heads(graph: Graph, rotation: Node, infer: Inference) -> None:
-    """Tokens that are normalised as a whole, cut into heads, perhaps transposed, and rotated: normalised by the head."""
+    """Tokens that are normalised whole, cut into heads, perhaps transposed, and rotated: normalised by the head."""
     moved: Any = rope.bind(rotation.args, rotation.kwargs)["x"]
     swaps = moved.target is aten.permute.default and list(moved.args[1]) == [0, 2, 1, 3]
     view: Any = moved.args[0] if swaps else moved
