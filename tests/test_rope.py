@@ -446,6 +446,19 @@ def test_codes_whose_scale_is_computed_stay() -> None:
     assert "'fp8_token' computes its scale" in [record.reason for record in trace.refused]
 
 
+@pytest.mark.parametrize(("stored", "expected"), [(codes, ["cache_write", "qk_rope"]), (None, ["qk_rope_cache"])])
+def test_queries_that_are_codes_before_the_keys_are_written(stored: Any, expected: list[str]) -> None:
+    def model(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, at: Tensor, cache: Tensor, scale: Tensor) -> Any:
+        first, k = divided(llama(heads(q), cos, sin), scale), llama(heads(k), cos, sin)
+        return first, put(cache, k if stored is None else stored(k, scale), at)
+
+    cache = CACHES[0] if stored is None else CACHES[0].to(FP8)
+    names, trace, _ = fused(model, Q, K, COS, SIN, AT, cache, SCALES[0])
+    assert sorted(names) == expected
+    reason = "it has codes of 'fp8_static,rounding=divide', not of 'fp8_static'"
+    assert (reason in [record.reason for record in trace.refused]) == (stored is not None)
+
+
 def test_codes_that_are_written_in_another_scheme() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *rest: Tensor) -> Any:
         made, scale = quantize.reference(heads(v), None, "fp8_token")
