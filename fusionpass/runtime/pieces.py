@@ -197,13 +197,10 @@ def _regroups(node: Node) -> bool:
 
 def _widens(node: Node) -> bool:
     """Whether a node makes numbers of a cache's codes, which attention reads itself."""
-    if qualified_name(node).rsplit(".", 1)[-1] not in _WIDENS:
-        return False
-    for source in node.all_input_nodes:
-        val = source.meta.get("example_value")
-        if isinstance(val, torch.Tensor) and val.dtype in _CODES:
-            return True
-    return any(_widens(source) for source in node.all_input_nodes)
+    values = [source.meta.get("example_value") for source in node.all_input_nodes]
+    codes = any(isinstance(val, torch.Tensor) and val.dtype in _CODES for val in values)
+    known = qualified_name(node).rsplit(".", 1)[-1] in _WIDENS
+    return known and (codes or any(_widens(source) for source in node.all_input_nodes))
 
 
 def _spell_out_shapes(graph: Graph) -> None:
