@@ -71,6 +71,7 @@ class Op:
         tolerance: per output name.
         options: output name → the boolean argument that asks for it.
         backends: tried in order; the first that plans a launch runs.
+        parts: what runs where none does: a function of the arguments that calls smaller ops. None: the reference.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Op:
     tolerance: Mapping[str, Tolerance]
     options: Mapping[str, str]
     backends: list[Backend] = field(default_factory=list)
+    parts: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         self.signature = inspect.signature(self.reference)
@@ -145,7 +147,7 @@ class Op:
             return self.reference(**arguments)
         launch, _ = self.plan(Arch.of(device), arguments)
         if not isinstance(launch, Launch):
-            return (launch.function if isinstance(launch, Plain) else self.reference)(**arguments)
+            return (launch.function if isinstance(launch, Plain) else self.parts or self.reference)(**arguments)
         results = launch.run()
         return results[0] if self.single else results
 

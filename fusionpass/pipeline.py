@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 
 from .config import Config
 from .op import Op
-from .passes.attend import share_heads
+from .passes.attend import join_heads, read_codes, share_heads
 from .passes.cleanup import cleanup
 from .passes.exact import keep_reductions
 from .passes.fuse import fuse
@@ -47,6 +47,8 @@ def late(config: Config, trace: GraphTrace, parameters: frozenset[Node] = frozen
 
     def fused(graph: Graph) -> None:
         share_heads(graph)
+        read_codes(graph)
+        join_heads(graph)
         bring_together(graph)
         products(graph, config.disable)
         choose_algorithms(graph, config.gemm)

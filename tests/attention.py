@@ -11,13 +11,20 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusionpass.arch import Arch
-from fusionpass.ops import attention
+from fusionpass.ops import attention, attention_quantize, quantize
 from fusionpass.ops.attention import decode_triton
+from fusionpass.ops.attention.decode import widened
+from fusionpass.ops.quant import sample_scale
+from fusionpass.ops.quant.scheme import Scheme
 from fusionpass.testing import difference
-from tests.kernels import alike_strides, poisoned
+from tests.kernels import _DividingAsCuda, alike_strides, poisoned
 
 WIDTHS = (64, 64, 80, 96, 128, 192, 256, 8, 40)
 GROUPS = (1, 2, 3, 4, 7, 8, 16)
+SCHEMES = (
+    "fp8_static", "fp8_static,rounding=divide", "fp8_token", "fp8_token,eps=0.0,rounding=divide,zero=one",
+    "fp8_token,amax_dtype=input,rounding=divide", "int8_token", "fp8_group128", "int8_group128", "mxfp8", "nvfp4",
+)  # fmt: skip
 KINDS = ("none", "causal", "random", "lengths", "window", "hidden", "hidden rows", "added", "least", "full")
 
 
@@ -36,6 +43,8 @@ class Family:
     tokens: int
     pads: tuple[int, ...] = (0, 0, 8, 3)
     """Columns that a row of the cache may have more."""
+    cache: torch.dtype | None = None
+    """Of the codes that it holds; None: as the queries."""
 
 
 @st.composite
@@ -44,11 +53,19 @@ def families(draw: st.DrawFn) -> Family:
     group, width = draw(st.sampled_from(GROUPS)), draw(st.sampled_from(WIDTHS))
     tokens = draw(st.sampled_from([1, 1, 1, *range(1, min(5, 32 // group) + 1)]))
     dtype = draw(st.sampled_from([torch.bfloat16, torch.float16]))
-    return Family(dtype, width, draw(st.sampled_from([width, width, width, 64])), group, tokens)
+    cache = draw(st.sampled_from([None, None, torch.float8_e4m3fn]))
+    return Family(dtype, width, draw(st.sampled_from([width, width, width, 64])), group, tokens, cache=cache)
 
 
 @st.composite
-def heads(draw: st.DrawFn, shape: tuple[int, ...], family: Family, device: str, spread: float) -> torch.Tensor:
+def heads(
+    draw: st.DrawFn,
+    shape: tuple[int, ...],
+    family: Family,
+    device: str,
+    spread: float,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
     """Numbers of this shape in any memory order of the first three dimensions, a slice of a larger tensor at times."""
     order = draw(st.sampled_from([(0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 1, 0)]))
     pads = [draw(st.sampled_from([0, 0, 1, 5])) for _ in order] + [draw(st.sampled_from(family.pads))]
@@ -57,7 +74,7 @@ def heads(draw: st.DrawFn, shape: tuple[int, ...], family: Family, device: str, 
     made = torch.randn(whole, generator=_generator(draw, device), device=device) * spread
     start = draw(st.booleans())
     slices = tuple(slice(pad * start, size + pad * start) for size, pad in zip(stored, pads, strict=True))
-    return made.to(family.dtype)[slices].permute(*(order.index(axis) for axis in range(3)), 3)
+    return made.to(dtype or family.dtype)[slices].permute(*(order.index(axis) for axis in range(3)), 3)
 
 
 @st.composite
@@ -108,9 +125,13 @@ def arguments_for_attention(draw: st.DrawFn, family: Family, device: str, most: 
     shape = (batch, family.group * kv_heads, family.tokens, positions)
     made: dict[str, Any] = {
         "q": draw(heads((*shape[:3], family.width), family, device, spread)),
-        "k": draw(heads((batch, kv_heads, positions, family.width), family, device, spread)),
-        "v": draw(heads((batch, kv_heads, positions, family.v_width), family, device, 1.0)),
+        "k": draw(heads((batch, kv_heads, positions, family.width), family, device, spread, family.cache)),
+        "v": draw(heads((batch, kv_heads, positions, family.v_width), family, device, 1.0, family.cache)),
     }
+    for name in ("k_scale", "v_scale") if family.cache else ():
+        if draw(st.booleans()):
+            shape_of_scale = draw(st.sampled_from([(), (1,), (1, 1)]))
+            made[name] = torch.full(shape_of_scale, draw(st.sampled_from([0.037, 1.3])), device=device)
     kind = draw(st.sampled_from(KINDS))
     if kind == "causal":
         made["causal"] = True
@@ -146,7 +167,7 @@ def oracle(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     The weights are rounded to the dtype of the values, the result to its own: half a step each, relative. A score is a
     sum in float32 of which a GPU's matrix units keep two bits fewer, and a weight is off by its exponential.
     """
-    q, k, v = (arguments[name].double() for name in ("q", "k", "v"))
+    q, k, v = (plain(arguments)[name].double() for name in ("q", "k", "v"))
     mask, seen = arguments["mask"], visible(arguments)
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -167,6 +188,12 @@ def oracle(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     return result, eps / 2 * result.abs() + rounded * (weight @ v.abs()) + least * (1 + v.abs().sum(2, keepdim=True))
 
 
+def plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same over a cache in the dtype of the queries, which rounds as the codes' product with their scale is."""
+    made = {name: widened(arguments[name], arguments[f"{name}_scale"], arguments["q"].dtype) for name in ("k", "v")}
+    return {**arguments, **made, "k_scale": None, "v_scale": None}
+
+
 def unreadable(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same, with NaN in the keys and values that no row may see."""
     k = arguments["k"]
@@ -175,7 +202,7 @@ def unreadable(arguments: dict[str, Any]) -> dict[str, Any]:
     for name in ("k", "v"):
         t = arguments[name]
         made[name] = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-        made[name].copy_(t.masked_fill(~read, math.nan))
+        made[name].copy_(t.float().masked_fill(~read, math.nan))
     return {**arguments, **made}
 
 
@@ -201,3 +228,39 @@ def check_attention(arch: Arch, arguments: dict[str, Any], cut: decode_triton.Cu
     found = difference(output, expected, attention.tolerance["attended"])
     assert found.within(attention.tolerance["attended"]), str(found)
     return output
+
+
+@st.composite
+def schemes(draw: st.DrawFn, v_width: int) -> str:
+    """One by which the kernels can quantise heads of so many columns."""
+    return draw(st.sampled_from([one for one in SCHEMES if v_width % (Scheme.parse(one).group or 1) == 0]))
+
+
+def check_attention_quantize(
+    arch: Arch, arguments: dict[str, Any], scheme: str, attended_out: bool, cut: decode_triton.Cut | None = None
+) -> list[torch.Tensor]:
+    """Run the kernel: the codes and scales are, bit for bit, those of what attention's kernel gives with this cut."""
+    other = mock.patch.object(decode_triton, "configure", return_value=cut) if cut else contextlib.nullcontext()
+    given = unreadable(arguments)
+    scale = sample_scale(scheme, arguments["q"].device)
+    own = {"softmax_scale" if k == "scale" else k: v for k, v in given.items() if k != "joined"}
+    asked = attention_quantize.bind((), {**own, "scale": scale, "scheme": scheme, "attended_out": attended_out})
+    with other:
+        alone, _ = attention.plan(arch, {**given, "joined": True})
+        launch, reason = attention_quantize.plan(arch, asked)
+    assert alone is not None
+    (attended,) = alone.run()
+    if launch is None:
+        assert reason == "triton: its positions are not split: a program has some of the heads that have one scale"
+        assert len(alone.all) == 1
+        return []
+    with poisoned():
+        outputs = launch.run()
+    with _DividingAsCuda():
+        expected = [*quantize.reference(attended, scale, scheme), *([attended] if attended_out else [])]
+    names = attention_quantize.outputs(asked)
+    for name, output, want in zip(names, outputs, expected, strict=True):
+        assert alike_strides(output, want), f"{name}: strides {output.stride()}, not {want.stride()}"
+        same = output.view(torch.uint8) == want.view(torch.uint8)
+        assert same.all(), f"{name}: {(~same).sum()} of {same.numel()} bytes differ"
+    return outputs

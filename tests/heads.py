@@ -17,7 +17,8 @@ HEAD_OPS = tuple(
     for op in OPS.values()
     if op.backends and op.namespace == "fusionpass" and {"cos", "q_weight"} & {*op.signature.parameters}
 )
-WIDTHS = (4, 6, 8, 20, 64, 80, 96, 128)
+WIDTHS = (4, 6, 8, 20, 64, 80, 96, 128, 192, 256)
+FP8 = torch.float8_e4m3fn
 
 
 @st.composite
@@ -65,9 +66,12 @@ def arguments_for_heads(draw: st.DrawFn, op: Op, device: str, most: int = 5, dty
     if "norm_rounding" in wanted:
         made["norm_rounding"] = draw(st.sampled_from([BEFORE, AFTER]))
         made["weight_offset"] = draw(st.sampled_from([0.0, 1.0])) if made["norm_rounding"] == AFTER else 0.0
-        for name in ("weight", "q_weight", "k_weight"):
+        if "heads_dim" in wanted and width >= 8:  # of fewer, heads may come in a layout of their own
+            made["heads_dim"] = draw(st.sampled_from([-1, rank - 3]))
+        whole = made.get("heads_dim", -1) >= 0
+        for name, count in (("weight", k_heads), ("q_weight", q_heads), ("k_weight", k_heads)):
             if name in wanted and draw(st.booleans()):
-                made[name] = torch.randn(width, generator=generator, device=device).to(dtype)
+                made[name] = torch.randn(width * (count if whole else 1), generator=generator, device=device).to(dtype)
         for name in ("eps", "q_eps", "k_eps"):
             if name in wanted:
                 made[name] = draw(st.sampled_from([1e-6, 1e-5, 0.1]))
@@ -83,6 +87,14 @@ def arguments_for_heads(draw: st.DrawFn, op: Op, device: str, most: int = 5, dty
         if draw(st.booleans()):
             made |= {"v": None, "v_cache": None}
         made["k_out"] = draw(st.booleans())
+    if "q_scale" in wanted:
+        made["code_scheme"] = draw(st.sampled_from(["fp8_static", "fp8_static,rounding=divide"]))
+        for name in ("q", "k", "v"):
+            cache = f"{name}_cache"
+            if f"{name}_scale" in wanted and draw(st.booleans()) and made.get(cache, made["q"]) is not None:
+                made[f"{name}_scale"] = torch.full(draw(st.sampled_from([(), (1, 1)])), 0.037, device=device)
+                if cache in wanted:
+                    made[cache] = draw(heads(groups, k_heads, slots, width, FP8, device, rank))
     return op.bind((), made)
 
 
@@ -94,7 +106,7 @@ def check_heads(op: Op, arch: Arch, arguments: dict[str, Any]) -> list[torch.Ten
     with poisoned():
         outputs = launch.run()
     for name, value in before.items():
-        assert torch.equal(value, arguments[name]), f"{name} was written to"
+        assert torch.equal(_bytes(value), _bytes(arguments[name])), f"{name} was written to"
     results = op.reference(**arguments)
     expected = [results] if op.single else results
     names = op.outputs(arguments)
@@ -110,3 +122,7 @@ def check_heads(op: Op, arch: Arch, arguments: dict[str, Any]) -> list[torch.Ten
             slack = torch.finfo(output.dtype).eps / oracle.numel() ** 0.5 + 1e-6
             assert relative_error(output, oracle) <= 1.05 * relative_error(want, oracle) + slack
     return outputs
+
+
+def _bytes(t: torch.Tensor) -> torch.Tensor:
+    return t.reshape(-1).contiguous().view(torch.uint8)

@@ -12,6 +12,7 @@ EXAMPLES = {
     "backend_string": "Block: 2 fused, 0 refused, 0 missed; 1 graphs",
     "diffusers_transformer": "FluxTransformer2DModel: 10 fused, 1 refused, 0 missed; 1 graphs",
     "dump_and_diff": "Block: 1 fused, 0 refused, 0 missed; 1 graphs",
+    "fp8_cache": "Qwen3ForCausalLM: 9 fused, 0 refused, 0 missed; 2 graphs",
     "hf_generate": "LlamaForCausalLM: 6 fused, 0 refused, 0 missed; 2 graphs",
     "own_model": "Model: 2 fused, 0 refused, 0 missed; 1 graphs",
     "own_rule": "Norm: 1 fused, 0 refused, 0 missed; 1 graphs",
@@ -19,7 +20,12 @@ EXAMPLES = {
     "torchao_model": "MLP: 2 fused, 0 refused, 0 missed; 1 graphs",
     "why_not": "Model: 6 fused, 0 refused, 1 missed; 1 graphs",
 }
-NEEDS = {"hf_generate": "transformers", "diffusers_transformer": "diffusers", "torchao_model": "torchao"}
+NEEDS = {
+    "fp8_cache": "transformers",
+    "hf_generate": "transformers",
+    "diffusers_transformer": "diffusers",
+    "torchao_model": "torchao",
+}
 
 
 def _run(name, **environment):
@@ -36,7 +42,7 @@ def test_every_example_is_run():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "hf_generate" else n for n in EXAMPLES]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("fp8_cache", "hf_generate") else n for n in EXAMPLES]
 )
 def test_example(name):
     done = _run(name)

@@ -95,6 +95,10 @@ def gelu_tanh_mul_quantize_product_read(x: torch.Tensor, up: torch.Tensor, scale
     return static(product, scale), product.sum()
 
 
+def attention_quantize(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: torch.Tensor) -> Any:
+    return static(fusionpass.ops.attention(q, k, v).transpose(1, 2).reshape(6, -1), scale)
+
+
 def sum_read_before_the_norm(x: torch.Tensor, residual: torch.Tensor, scale: torch.Tensor) -> Any:
     total = x + residual
     early = total.abs()
@@ -120,6 +124,10 @@ CASES: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = [
     (silu_mul_packed_quantize, (torch.zeros(15, 2 * WIDTH, dtype=torch.bfloat16), SCALE)),
     (gelu_mul_quantize, (X, R, SCALE)),
     (gelu_tanh_mul_quantize_product_read, (X, R, SCALE)),
+    (
+        attention_quantize,
+        (*(torch.zeros(3, n, t, 16, dtype=torch.bfloat16) for n, t in ((4, 2), (2, 9), (2, 9))), SCALE),
+    ),
 ]
 
 

@@ -10,9 +10,10 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fusionpass.arch import Arch
 from fusionpass.config import Config
 from fusionpass.op import OPS
-from fusionpass.ops import rms_norm
+from fusionpass.ops import norm_heads, quantize, rms_norm
 from fusionpass.pipeline import early, late
 from fusionpass.report.trace import GraphTrace
 
@@ -64,7 +65,7 @@ def fused(model: Callable[..., Any], *args: Tensor) -> tuple[list[str], GraphTra
     graph.graph.lint()
     got = GraphModule(graph, graph.graph)(*args)
     for ours, theirs in zip(got, expected, strict=True):
-        assert torch.equal(ours, theirs)
+        assert torch.equal(ours.float(), theirs.float())
         assert ours.stride() == theirs.stride()
     return [OPS[node.target].name for node in graph.graph.nodes if node.target in OPS], trace, graph.graph
 
@@ -154,6 +155,59 @@ def slots(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor,
     return q, stores[0].index_put((at,), k), stores[1].index_put((at,), v)
 
 
+def codes(x: Tensor, scale: Tensor) -> Tensor:
+    return (x.float() * scale.reciprocal()).clamp(-448, 448).to(FP8)
+
+
+def put(cache: Tensor, x: Tensor, at: Tensor) -> Tensor:
+    """PyTorch has no index_copy of codes on a CPU."""
+    return torch.ops.aten.index_put(cache, [None, None, at], x)
+
+
+def coded(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *rest: Tensor) -> Any:
+    q, k = llama(heads(q), cos, sin), llama(heads(k), cos, sin)
+    return q, put(rest[0], codes(k, rest[2]), at), put(rest[1], codes(heads(v), rest[3]), at)
+
+
+def coded_and_normalised(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *rest: Tensor) -> Any:
+    """As FP8 attention wants it: queries too."""
+    split = (BATCH, TOKENS, -1, DIM)
+    q, k = norm(q.view(split), rest[4]).transpose(1, 2), norm(k.view(split), rest[4]).transpose(1, 2)
+    q, k = llama(q, cos, sin), llama(k, cos, sin)
+    return codes(q, rest[2]), put(rest[0], codes(k, rest[2]), at), put(rest[1], codes(heads(v), rest[3]), at)
+
+
+def coded_slots(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *rest: Tensor) -> Any:
+    q, k, v = (x[0].view(TOKENS, -1, DIM) for x in (q, k, v))
+    c, s = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
+    stores = [cache[0].transpose(0, 1) for cache in rest[:2]]
+    q, k = q * c + half(q) * s, k * c + half(k) * s
+    return q, stores[0].index_put((at,), codes(k, rest[2])), stores[1].index_put((at,), codes(v, rest[3]))
+
+
+def coded_queries(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale: Tensor) -> Any:
+    return codes(llama(heads(q), cos, sin), scale), llama(heads(k), cos, sin)
+
+
+FP8 = torch.float8_e4m3fn
+SCALES = [torch.tensor(0.03), torch.tensor(0.07)]
+WITH_CODES = (Q, K, V, COS, SIN, AT, *(cache.to(FP8) for cache in CACHES), *SCALES, WEIGHTS[0])
+
+
+def whole(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *rest: Tensor) -> Any:
+    """As OLMo2: all heads of a token are one row for the norm."""
+    q, k = heads(norm(q, rest[2])), heads(norm(k, rest[3], 1e-5))
+    q, k = llama(q, cos, sin), llama(k, cos, sin)
+    return q, write(rest[0], k, at), write(rest[1], heads(v), at)
+
+
+def whole_tokens_first(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor) -> Any:
+    c, s = cos.unsqueeze(2), sin.unsqueeze(2)
+    q, k = (norm(x, w).view(BATCH, TOKENS, -1, DIM) for x, w in zip((q, k), weights, strict=True))
+    return q * c + half(q) * s, k * c + half(k) * s
+
+
+WHOLE = [torch.rand(n * DIM).add(0.5).bfloat16() for n in (4, 2)]
 WITH_CACHE = (Q, K, V, COS, SIN, AT, *CACHES, *WEIGHTS)
 WITHOUT = (Q, K, COS, SIN)
 
@@ -167,6 +221,12 @@ WITHOUT = (Q, K, COS, SIN)
         (keys_first, WITH_CACHE, "qk_rope_cache"),
         (keys_read, WITH_CACHE, "qk_rope_cache"),
         (slots, WITH_CACHE, "qk_rope_cache"),
+        (whole, (Q, K, V, COS, SIN, AT, *CACHES, *WHOLE), "qk_norm_rope_cache"),
+        (whole_tokens_first, (Q, K, COS, SIN, *WHOLE), "qk_norm_rope"),
+        (coded, WITH_CODES, "qk_rope_cache"),
+        (coded_and_normalised, WITH_CODES, "qk_norm_rope_cache"),
+        (coded_slots, WITH_CODES, "qk_rope_cache"),
+        (coded_queries, (*WITHOUT, SCALES[0]), "qk_rope"),
         (interleaved, WITHOUT, "qk_rope"),
         (cohere, WITHOUT, "qk_rope"),
         (olmo2, WITHOUT, "qk_rope"),
@@ -305,6 +365,37 @@ def test_a_norm_that_stays(model: Callable[..., Any], expected: list[str]) -> No
     assert stays(graph)
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda q, c, s, w: (llama(heads(x := norm(q, w)), c, s), x + 1),
+        lambda q, c, s, w: (llama((x := norm(q, w).view(BATCH, TOKENS, 4, DIM)).transpose(1, 2), c, s), x + 1),
+        lambda q, c, s, w: (llama(x := heads(norm(q, w)), c, s), x + 1),
+        lambda q, c, s, w: (heads(norm(q, w)) + 1,),
+        lambda q, c, s, w: (llama(norm(q, w).view(BATCH, 2, TOKENS * 2, DIM)[:, :, :TOKENS], c, s),),
+        lambda q, c, s, w: (llama(norm(q, w).view(BATCH, 4, TOKENS, DIM), c, s),),
+        lambda q, c, s, w: (llama(heads(modulated(q, w, w)), c, s),),
+    ],
+    ids=["norm read", "heads read", "moved read", "no rotation", "a part", "cut otherwise", "modulated"],
+)
+def test_a_whole_norm_that_stays(model: Callable[..., Any]) -> None:
+    names, _, _ = fused(model, Q, COS, SIN, WHOLE[0])
+    assert "rms_norm" in names
+
+
+def test_a_whole_norm_behind_which_nothing_folds_is_one_of_rows_again() -> None:
+    """Its parts have the kernel that it lacks."""
+    launch, reason = norm_heads.plan(Arch("sm_90"), norm_heads.bind((Q.view(BATCH, TOKENS, 4, DIM), 2), {}))
+    assert (launch, reason) == (None, "no kernel is registered for it")
+    trace, config = GraphTrace(0), Config(target=Arch("sm_90"), disable=frozenset({"norm_rope.whole"}))
+    graph = make_fx(whole_tokens_first, select_decomp_table(), "fake")(Q, K, COS, SIN, *WHOLE).graph
+    for _, function in (*early(config, trace), *late(config, trace)):
+        function(graph)
+    assert [(record.op, record.backend) for record in trace.fused if "norm" in record.op] == [
+        ("rms_norm", "triton")
+    ] * 2
+
+
 def test_a_norm_whose_rows_would_lie_otherwise() -> None:
     def model(q: Tensor, cos: Tensor, sin: Tensor, weight: Tensor) -> Any:
         one = q.view(BATCH, TOKENS, 4, DIM)[:, :1, :1].expand(BATCH, TOKENS, 4, DIM)
@@ -318,6 +409,84 @@ def test_a_norm_whose_rows_would_lie_otherwise() -> None:
 def test_a_rotation_that_is_read_without_its_norm() -> None:
     names, _, _ = fused(lambda q, *rest: (x := llama(heads(q), *rest[:2]), norm(x, rest[2])), Q, COS, SIN, WEIGHTS[0])
     assert names == ["rope", "rms_norm"]
+
+
+def divided(x: Tensor, scale: Tensor) -> Tensor:
+    return (x.float() / scale).clamp(-448, 448).to(FP8)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "values", "expected"),
+    [
+        (divided, codes, codes, ["qk_rope_cache", "quantize"]),
+        (codes, codes, divided, ["cache_write", "qk_rope_cache"]),
+        (codes, divided, codes, ["cache_write", "qk_rope_cache", "quantize"]),
+    ],
+)
+def test_codes_of_several_kinds_stay_apart(
+    queries: Callable[..., Tensor], keys: Callable[..., Tensor], values: Callable[..., Tensor], expected: list[str]
+) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *rest: Tensor) -> Any:
+        q, k = llama(heads(q), cos, sin), llama(heads(k), cos, sin)
+        k_cache = put(rest[0], keys(k, rest[2]), at)
+        return queries(q, rest[2]), k_cache, put(rest[1], values(heads(v), rest[3]), at)
+
+    names, trace, _ = fused(model, *WITH_CODES)
+    assert sorted(names) == expected
+    first, other = sorted(("fp8_static", "fp8_static,rounding=divide"), reverse=keys is divided)
+    assert f"it has codes of {first!r}, not of {other!r}" in [record.reason for record in trace.refused]
+
+
+def test_codes_whose_scale_is_computed_stay() -> None:
+    def model(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        return *quantize.reference(llama(heads(q), cos, sin), None, "fp8_token"), llama(heads(k), cos, sin)
+
+    names, trace, _ = fused(model, *WITHOUT)
+    assert names == ["qk_rope", "quantize"]
+    assert "'fp8_token' computes its scale" in [record.reason for record in trace.refused]
+
+
+@pytest.mark.parametrize(("stored", "expected"), [(codes, ["cache_write", "qk_rope"]), (None, ["qk_rope_cache"])])
+def test_queries_that_are_codes_before_the_keys_are_written(stored: Any, expected: list[str]) -> None:
+    def model(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, at: Tensor, cache: Tensor, scale: Tensor) -> Any:
+        first, k = divided(llama(heads(q), cos, sin), scale), llama(heads(k), cos, sin)
+        return first, put(cache, k if stored is None else stored(k, scale), at)
+
+    cache = CACHES[0] if stored is None else CACHES[0].to(FP8)
+    names, trace, _ = fused(model, Q, K, COS, SIN, AT, cache, SCALES[0])
+    assert sorted(names) == expected
+    reason = "it has codes of 'fp8_static,rounding=divide', not of 'fp8_static'"
+    assert (reason in [record.reason for record in trace.refused]) == (stored is not None)
+
+
+def test_codes_that_are_written_in_another_scheme() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *rest: Tensor) -> Any:
+        made, scale = quantize.reference(heads(v), None, "fp8_token")
+        return put(rest[1], made, at), scale
+
+    names, trace, _ = fused(model, *WITH_CODES)
+    assert names == ["quantize", "cache_write"]
+    assert "'fp8_token' computes its scale" in [record.reason for record in trace.refused]
+
+
+def test_queries_that_are_read_beside_their_codes() -> None:
+    def model(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale: Tensor) -> Any:
+        x = llama(heads(q), cos, sin)
+        return codes(x, scale), x.abs(), llama(heads(k), cos, sin)
+
+    names, trace, _ = fused(model, *WITHOUT, SCALES[0])
+    assert names == ["qk_rope", "quantize"]
+    assert any("would be two results, both of which are read" in record.reason for record in trace.refused)
+
+
+def test_codes_that_are_read_beside_the_cache() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, at: Tensor, *rest: Tensor) -> Any:
+        made = codes(heads(v), rest[3])
+        return put(rest[1], made, at), made.float()
+
+    names, trace, _ = fused(model, *WITH_CODES)
+    assert names == ["quantize", "cache_write"]
+    assert any("does not return q, which is read" in record.reason for record in trace.refused)
 
 
 def stays(graph: Graph) -> bool:

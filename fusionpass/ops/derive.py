@@ -27,12 +27,26 @@ def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty
     return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
 
 
-def quantizing(base: Op, output: str) -> Op:
+def quantizing(
+    base: Op, output: str, renamed: Mapping[str, str] | None = None, fixed: Mapping[str, Any] | None = None
+) -> Op:
     """The op `<base>_quantize`: `quantize(<output of base>)`, and `base`'s outputs where asked for.
 
     Its docstring names the parameters: those of `base`, and of the quantisation.
+
+    Args:
+        base: an op.
+        output: its first output, which is quantised.
+        renamed: what parameters of `base` are called here that the quantisation has, too.
+        fixed: arguments of `base` that are none here.
     """
-    given = [p for p in base.signature.parameters.values() if p.name not in base.options.values()]
+    renamed, fixed = renamed or {}, fixed or {}
+    given = [
+        p.replace(name=renamed.get(p.name, p.name))
+        for p in base.signature.parameters.values()
+        if p.name not in base.options.values() and p.name not in fixed
+    ]
+    own = {name: old for old, name in renamed.items()}
     flags = [p for p in base.signature.parameters.values() if p.name in base.options.values()]
     parameters = [
         *given,
@@ -44,7 +58,7 @@ def quantizing(base: Op, output: str) -> Op:
     ]
 
     def body(arguments: Mapping[str, Any]) -> list[torch.Tensor]:
-        results = base.reference(**{p.name: arguments[p.name] for p in (*given, *flags)})
+        results = base.reference(**{own.get(p.name, p.name): arguments[p.name] for p in (*given, *flags)}, **fixed)
         first, *others = [results] if base.single else results
         scheme, more = arguments["scheme"], [arguments[name] for name in MORE if arguments[name] is not None]
         if more and not Scheme.parse(scheme).static:
@@ -62,10 +76,11 @@ def quantizing(base: Op, output: str) -> Op:
         made = base.sample(*args)
         return {**made, "scale": static_scale(args[3]), "scheme": "fp8_static"}
 
+    of_renamed = "".join(f"\n        {name}: `{old}` of `{base.name}`." for old, name in renamed.items())
     doc = f"""`quantize({base.name}(...), scale, scheme)`, and what else is read.
 
     Args:
-        {", ".join(p.name for p in given)}: as `{base.name}`.
+        {", ".join(p.name for p in given if p.name not in own)}: as `{base.name}`.{of_renamed}
         scale, scheme: as `quantize`.
         scale_2, scale_3, scale_4, scale_5: further scales of a static scheme; each gives codes of its own.
         {output}_out: whether `{output}` itself is returned too.
@@ -78,7 +93,10 @@ def quantizing(base: Op, output: str) -> Op:
     """
     # A step of 16 bits of the largest value, in steps of the largest code.
     cancels = 0.125 if base.tolerance[output].cancels else 0.0
-    codes = dataclasses.replace(CODES, cancels=cancels)
+    codes, scales = dataclasses.replace(CODES, cancels=cancels), SCALES
+    if base.tolerance[output].fraction == 1.0:
+        # Where any element may be two steps of 16 bits off, any code may be one, and so may the largest element.
+        codes, scales = dataclasses.replace(codes, fraction=1.0), Tolerance(ulp=3, fraction=1.0, fp32_ulp=2**17)
     return derived(
         f"{base.name}_quantize",
         parameters,
@@ -87,7 +105,7 @@ def quantizing(base: Op, output: str) -> Op:
         list[torch.Tensor],
         outputs=outputs,
         sample=sample,
-        tolerance={**base.tolerance, **dict.fromkeys(("q", *(f"q_{i}" for i in range(2, 6))), codes), "scale": SCALES},
+        tolerance={**base.tolerance, **dict.fromkeys(("q", *(f"q_{i}" for i in range(2, 6))), codes), "scale": scales},
         options={output: f"{output}_out", **base.options},
     )
 

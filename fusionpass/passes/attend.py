@@ -8,10 +8,13 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import FusionpassError
-from ..graphs import VIEWS, aten, erase_unused, same_shape, same_strides
+from ..graphs import CAST, VIEWS, aten, erase_unused, inherit, is_view_of_rows, same_shape, same_strides, value
 from ..infer import Inference
 from ..op import OPS
 from ..ops.attention import attention
+from ..ops.attention.decode import CODE_DTYPES
+from ..ops.quant import quantize
+from ..ops.rows import FLOATS
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _DEFAULTS: dict[str, Any] = {
@@ -86,6 +89,53 @@ def _result(arguments: dict[str, Any], wanted: torch.Tensor) -> torch.Tensor | N
     return made if alike and made.dtype == wanted.dtype and same_shape(made.shape, wanted.shape) else None
 
 
+def join_heads(graph: Graph) -> None:
+    """Let each attention in an aten graph whose heads are joined to rows, which are quantised, join them itself."""
+    infer = Inference()
+    for node in graph.find_nodes(op="call_function", target=attention.overload):
+        arguments = attention.bind(node.args, node.kwargs)
+        rows = _joined(node)
+        if arguments["joined"] or rows is None or not _quantised(rows):
+            continue
+        arguments["joined"] = True
+        results = infer(attention, arguments)
+        assert not isinstance(results, str), results
+        val: torch.Tensor = rows.meta["val"]
+        with graph.inserting_before(node):
+            new = graph.call_function(attention.overload, *attention.call(arguments))
+        new.meta = {**node.meta, "val": results[0]}
+        if not same_shape(val.shape, results[0].shape):
+            with graph.inserting_after(new):
+                view = graph.call_function(aten.view.default, (new, rows.args[1]))
+            view.meta = inherit(rows, val)
+            new = view
+        rows.replace_all_uses_with(new)
+        erase_unused(graph, rows)
+
+
+def _joined(node: Node) -> Node | None:
+    """The rows of `attended.transpose(1, 2).reshape(...)`, if nothing else reads what is attended."""
+    chain = [node]
+    while len(chain[-1].users) == 1 and chain[-1].target not in VIEWS:
+        chain += chain[-1].users
+    moved = [reader for reader in chain[1:] if reader.target is not aten.clone.default]
+    if ["view" if reader.target in VIEWS else reader.target for reader in moved] != [aten.permute.default, "view"]:
+        return None
+    if list(moved[0].args[1]) != [0, 2, 1, 3]:  # type: ignore[arg-type]
+        return None
+    batch, heads, tokens, width = node.meta["val"].shape
+    wanted = ((batch, tokens, heads * width), (batch * tokens, heads * width))
+    shape = moved[-1].meta["val"].shape
+    return moved[-1] if any(same_shape(shape, one) for one in wanted) else None
+
+
+def _quantised(rows: Node) -> bool:
+    """Whether a quantisation reads these rows, perhaps grouped otherwise."""
+    return any(
+        OPS.get(reader.target) is quantize or (is_view_of_rows(reader) and _quantised(reader)) for reader in rows.users
+    )
+
+
 def share_heads(graph: Graph) -> None:
     """Give each attention in an aten graph the keys and values as they were before their heads were repeated."""
     infer = Inference()
@@ -103,6 +153,51 @@ def share_heads(graph: Graph) -> None:
         node.args, node.kwargs = attention.call(arguments)
         for source in old:
             erase_unused(graph, source)
+
+
+def read_codes(graph: Graph) -> None:
+    """Give each attention in an aten graph the codes of a cache, and their scales, instead of their products."""
+    infer = Inference()
+    for node in graph.find_nodes(op="call_function", target=attention.overload):
+        arguments = attention.bind(node.args, node.kwargs)
+        found = {
+            name: codes
+            for name in ("k", "v")
+            if arguments[f"{name}_scale"] is None and (codes := _codes(arguments[name], arguments["q"])) is not None
+        }
+        for name, (codes, scale) in found.items():
+            arguments |= {name: codes, f"{name}_scale": scale}
+        if not found or isinstance(infer(attention, arguments), str):
+            continue
+        old = node.all_input_nodes
+        node.args, node.kwargs = attention.call(arguments)
+        for source in old:
+            erase_unused(graph, source)
+
+
+def _codes(wide: Node, like: Node) -> tuple[Any, Node | None] | None:
+    """The codes and the scale, None for 1, of which `wide` is the product, computed in float32 and rounded once."""
+    dtype = like.meta["val"].dtype
+    product = wide.args[0] if wide.target is CAST and wide.args[1] == dtype else wide
+    if not isinstance(product, Node):
+        return None
+    if wide.target is CAST:
+        # 16 bits of a float hold each code.
+        exact = product.args[0] if product.target is CAST and product.args[1] in FLOATS else product
+        if _holds_codes(exact):
+            return exact, None
+    if product.target is not aten.mul.Tensor or product.meta["val"].dtype not in (torch.float32, dtype):
+        return None
+    factors: Any = product.args
+    for codes, scale in (factors, factors[::-1]):
+        cast = isinstance(codes, Node) and codes.target is CAST and isinstance(scale, Node)
+        if cast and _holds_codes(codes.args[0]) and scale.meta["val"].numel() == 1:
+            return codes.args[0], scale
+    return None
+
+
+def _holds_codes(node: Any) -> bool:
+    return isinstance(node, Node) and (val := value(node)) is not None and val.dtype in CODE_DTYPES
 
 
 def _unrepeated(node: Node) -> Node | None:

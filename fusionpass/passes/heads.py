@@ -5,10 +5,10 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from ..graphs import aten, differs, erase_unused, inherit
+from ..graphs import VIEWS, aten, differs, erase_unused, inherit, same_shape, values
 from ..infer import Inference
 from ..ops.norm import rms_norm
-from ..ops.rope import rope
+from ..ops.rope import norm_heads, rope
 from .beside import site_of
 from .normalize import END
 
@@ -22,6 +22,8 @@ def bring_together(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.target is aten.permute.default:
             _normalise_later(graph, node, infer)
+    for node in graph.find_nodes(op="call_function", target=rope.overload):
+        _normalise_heads(graph, node, infer)
 
 
 def _widen(graph: Graph, node: Node, infer: Inference) -> None:
@@ -78,3 +80,40 @@ def _normalise_later(graph: Graph, node: Node, infer: Inference) -> None:
     made.meta = inherit(norm, results[0], {"fusionpass": both})
     node.replace_all_uses_with(made)
     erase_unused(graph, node)
+
+
+def _normalise_heads(graph: Graph, rotation: Node, infer: Inference) -> None:
+    """Tokens that are normalised whole, cut into heads, perhaps transposed, and rotated: normalised by the head."""
+    moved: Any = rope.bind(rotation.args, rotation.kwargs)["x"]
+    swaps = moved.target is aten.permute.default and list(moved.args[1]) == [0, 2, 1, 3]
+    view: Any = moved.args[0] if swaps else moved
+    norm: Any = view.args[0] if view.target in VIEWS else None
+    if not isinstance(norm, Node) or norm.target is not rms_norm.overload:
+        return
+    if any(len(node.users) > 1 for node in (moved, view, norm)):
+        return
+    arguments = rms_norm.bind(norm.args, norm.kwargs)
+    rows, by_head = norm.meta["val"], view.meta["val"]
+    whole = by_head.dim() == rows.dim() + 1 and same_shape(by_head.shape[:-2], rows.shape[:-1])
+    if arguments["mod_scale"] is not None or not whole:
+        return
+    x = arguments["x"]
+    with graph.inserting_before(rotation):
+        for node in (view, moved) if swaps else (view,):
+            val = x.meta["val"]
+            with val.fake_mode:
+                made = node.target(val, values(node.args[1]))
+            x = graph.call_function(node.target, (x, node.args[1]))
+            x.meta = inherit(node, made)
+        given = {name: arguments[name] for name in ("weight", "eps", "weight_offset", "rounding")}
+        given |= {"x": x, "heads_dim": by_head.dim() - (3 if swaps else 2)}
+        results = infer(norm_heads, given)
+        assert not isinstance(results, str), results
+        new = graph.call_function(norm_heads.overload, *norm_heads.call(norm_heads.bind((), given)))
+    site = site_of(norm)
+    both = dataclasses.replace(site, nodes=(*site.nodes, *dict.fromkeys((view.name, moved.name))))
+    new.meta = inherit(norm, results[0], {"fusionpass": both})
+    if differs(results[0], moved.meta["val"]) is None:
+        moved.replace_all_uses_with(new)
+    for unread in (moved, new):
+        erase_unused(graph, unread)

@@ -1,5 +1,6 @@
 """lower: each op → a Triton launch, a call that chooses later, or plain aten again. Every choice leaves its reason."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import getitem
@@ -88,10 +89,10 @@ def lower(
         parameters: inputs that no kernel writes, so that a launch with PDL may read them before it waits.
         verify: run each kernel beside the op's reference first, where there is a GPU to run it on.
     """
-    for node in list(graph.nodes):
-        op = OPS.get(node.target)
-        if op is None:
-            continue
+    waiting = [node for node in graph.nodes if node.target in OPS]
+    while waiting:
+        node = waiting.pop(0)
+        op = OPS[node.target]
         arguments = op.bind(node.args, node.kwargs)
         chosen, reason = _choose(op, node, values(arguments), target, disable)
         launch = chosen if isinstance(chosen, Launch) else None
@@ -101,24 +102,38 @@ def lower(
                 launch, chosen, reason = None, None, wrong
                 trace.refused.append(_refused(op, node, arguments, wrong))
         site = site_of(node)
+        whole = trace.inlined.get(node.name, node.name)
+        if chosen is None and op.parts is not None:
+            parts = [made for made in inline(graph, node, op, arguments, op.parts) if made.target in OPS]
+            note = "; ".join(part for part in (site.note, f"not {op.name}: {reason}") if part)
+            for part in parts:
+                last = part is parts[-1]  # what the fold was asked for, and the rules that had found it
+                part.meta["fusionpass"] = dataclasses.replace(
+                    site, rules=site.rules[:-1] if last else (), note=note if last else ""
+                )
+            trace.inlined |= dict.fromkeys((part.name for part in parts), whole)
+            waiting = parts + waiting
+            continue
         copied = _still_read(op, node, arguments, launch) if launch is not None else None
+        alone = _alone(op, node) if whole == node.name else ""
         told = "" if isinstance(chosen, Plain) else reason
         trace.fused.append(
             Record(
                 op=op.name,
                 rule=site.rules[-1] if site.rules else "",
-                reason="; ".join(part for part in (told, _alone(op, node), copied, site.note) if part),
+                reason="; ".join(part for part in (told, alone, copied, site.note) if part),
                 where=site.where,
                 source=site.source,
                 scheme=str(arguments.get("scheme", "")),
                 backend=_backend(chosen, reason),
                 rules=site.rules,
-                node=node.name,
+                node=whole,
             )
         )
         if chosen is None or (isinstance(chosen, Plain) and chosen.traced):
             function = op.reference if chosen is None else chosen.function
-            trace.inlined |= dict.fromkeys(inline(graph, node, op, arguments, function), node.name)
+            made = inline(graph, node, op, arguments, function)
+            trace.inlined |= dict.fromkeys((inlined.name for inlined in made), whole)
         if launch is not None:
             sources = _sources(launch, arguments)
             early = [part.args[name] for part in launch.all for name in part.early]
@@ -203,8 +218,8 @@ def _alone(op: Op, node: Node) -> str:
 
 def inline(
     graph: Graph, node: Node, op: Op, arguments: Mapping[str, Any], function: Callable[..., Any] | None = None
-) -> list[str]:
-    """Replace an op node by the aten nodes of `function`, its reference if there is none; return their names."""
+) -> list[Node]:
+    """Replace an op node by the nodes of `function`, its reference if there is none; return them."""
     names = [k for k, v in arguments.items() if isinstance(v, Node)]
     inputs = [arguments[k] for k in names]
 
@@ -230,4 +245,4 @@ def inline(
             user.replace_all_uses_with(copies[result[user.args[1]]])
             erase_unused(graph, user)
     erase_unused(graph, node)
-    return [copies[source].name for source in body.nodes if source.op == "call_function"]
+    return [copies[source] for source in body.nodes if source.op == "call_function"]

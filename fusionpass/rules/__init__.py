@@ -1,7 +1,7 @@
 """When: every spelling and fold of the package, in the order in which they are tried."""
 
 from ..rule import Beside, Fold, Spelling
-from . import activation, gemm, libraries, norm, quant, rope
+from . import activation, attention, gemm, libraries, norm, quant, rope
 
 SPELLINGS: tuple[Spelling, ...] = (
     *norm.SPELLINGS,
@@ -10,4 +10,4 @@ SPELLINGS: tuple[Spelling, ...] = (
     *libraries.SPELLINGS,
     *rope.SPELLINGS,
 )
-FOLDS: tuple[Fold | Beside, ...] = (*norm.FOLDS, *activation.FOLDS, *rope.FOLDS, *gemm.FOLDS)
+FOLDS: tuple[Fold | Beside, ...] = (*norm.FOLDS, *activation.FOLDS, *rope.FOLDS, *gemm.FOLDS, *attention.FOLDS)

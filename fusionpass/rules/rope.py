@@ -1,6 +1,6 @@
 """Spellings of rotary position embedding and of cache writes, and what folds around them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -8,8 +8,11 @@ import torch
 from ..errors import ArgumentError
 from ..graphs import value
 from ..op import Op, Refusal
+from ..ops.attention.decode import CODE_DTYPES
 from ..ops.norm import rms_norm
-from ..ops.rope import DEINTERLEAVED, EACH, INTERLEAVED, LAST, norm_rope, rope, table
+from ..ops.quant import quantize
+from ..ops.quant.scheme import Scheme
+from ..ops.rope import DEINTERLEAVED, EACH, INTERLEAVED, LAST, norm_heads, norm_rope, rope, table
 from ..ops.rope.pair import (
     cache_write,
     qk_norm_rope,
@@ -34,6 +37,14 @@ def _sample_paired(tokens: int, width: int, dtype: torch.dtype, device: str, gen
 def _sample_rows(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, Any]:
     made = cache_write.sample(tokens, width, dtype, device, generator)
     return {**made, **{name: made[name][0].transpose(0, 1) for name in ("cache", "x")}}
+
+
+def _of_codes(sample: Callable[..., dict[str, Any]], dtype: torch.dtype) -> Callable[..., dict[str, Any]]:
+    def made(*args: Any) -> dict[str, Any]:
+        given = sample(*args)
+        return {**given, **{name: given[name].to(dtype) for name in ("cache", "x")}}
+
+    return made
 
 
 def _turned(x: torch.Tensor, half: int) -> torch.Tensor:
@@ -107,6 +118,14 @@ SPELLINGS = (
     Spelling("rope.deepseek", rope, _deepseek, {"style": DEINTERLEAVED}, None, _sample),
     Spelling("cache.write", cache_write, _written, {"dim": 2}),
     Spelling("cache.write_slots", cache_write, _written_rows, {"dim": 0}, None, _sample_rows),
+    *(
+        Spelling(f"{name}_{str(dtype).removeprefix('torch.float8_')}", cache_write, written, {"dim": dim}, None, sample)
+        for dtype in CODE_DTYPES
+        for name, written, dim, sample in (
+            ("cache.write", _written, 2, _of_codes(cache_write.sample, dtype)),
+            ("cache.write_slots", _written_rows, 0, _of_codes(_sample_rows, dtype)),
+        )
+    ),
 )
 
 
@@ -121,6 +140,10 @@ def _norm_first(given: dict[str, Any], asked: dict[str, Any]) -> tuple[dict[str,
         {k: given[k] for k in ("x", "weight", "eps", "weight_offset", "rounding")}, {"rounding": "norm_rounding"}
     )
     return {**asked, **norm, "norm_first": True}, {}
+
+
+def _norm_whole(given: dict[str, Any], asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]] | str:
+    return {**asked, **_renamed(given, {"rounding": "norm_rounding"}), "norm_first": True}, {}
 
 
 def _norm_last(given: dict[str, Any], asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]] | str:
@@ -144,9 +167,25 @@ def _both(q: dict[str, Any], k: dict[str, Any]) -> tuple[dict[str, Any], dict[st
     return made, {"rotated": "q_rotated"}, {"rotated": "k_rotated"}
 
 
+def _coded(given: dict[str, Any], asked: dict[str, Any], own: str, its: str) -> dict[str, Any] | str:
+    """What an op with codes of its own and of what is joined to it has as `own` scale (there: `its`) and scheme."""
+    scale, scheme = asked[its], asked.get("code_scheme", asked.get("scheme"))
+    if not Scheme.parse(scheme).static:
+        return f"{scheme!r} computes its scale"
+    if scale is None:
+        return {}
+    held = [given.get(name) for name in ("q_scale", "k_scale", "v_scale", "scale")]
+    if any(one is not None for one in held) and given["code_scheme"] != scheme:
+        return f"it has codes of {given['code_scheme']!r}, not of {scheme!r}"
+    return {own: scale, "code_scheme": scheme}
+
+
 def _cached(given: dict[str, Any], asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]] | str:
-    written = _renamed(asked, {"cache": "k_cache"})
-    return {**given, **written}, {"cache": "k_cache"}
+    codes = _coded(given, asked, "k_scale", "scale")
+    if isinstance(codes, str):
+        return codes
+    written = {"k_cache" if name == "cache" else name: asked[name] for name in ("cache", "positions", "dim")}
+    return {**given, **written, **codes}, {"cache": "k_cache"}
 
 
 def _values(keys: dict[str, Any], v: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str], dict[str, str]] | str:
@@ -154,7 +193,21 @@ def _values(keys: dict[str, Any], v: dict[str, Any]) -> tuple[dict[str, Any], di
         return "it has its values"
     if keys["dim"] != v["dim"]:
         return "they are written along other dimensions"
-    return {**keys, "v": v["x"], "v_cache": v["cache"]}, {}, {"cache": "v_cache"}
+    codes = _coded(keys, v, "v_scale", "scale")
+    if isinstance(codes, str):
+        return codes
+    return {**keys, "v": v["x"], "v_cache": v["cache"], **codes}, {}, {"cache": "v_cache"}
+
+
+def _stored(given: dict[str, Any], asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]] | str:
+    """A quantisation, and the write of its codes."""
+    codes = "it quantises already" if asked["scale"] is not None else _coded(asked, given, "scale", "scale")
+    return codes if isinstance(codes, str) else ({**asked, "x": given["x"], **codes}, {})
+
+
+def _queries(given: dict[str, Any], asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]] | str:
+    codes = "they are codes already" if given["q_scale"] is not None else _coded(given, asked, "q_scale", "scale")
+    return codes if isinstance(codes, str) else ({**given, **codes}, {"q": "q_rotated"})
 
 
 def _around(base: Op, pair: Op, cached: Op) -> tuple[Fold | Beside, ...]:
@@ -162,11 +215,14 @@ def _around(base: Op, pair: Op, cached: Op) -> tuple[Fold | Beside, ...]:
         Beside(f"{pair.name}.pair", base, base, pair, ("cos", "sin"), _both, later=cache_write),
         Fold(f"{cached.name}.keys", pair, cache_write, cached, "k_rotated", ("x",), _cached),
         Beside(f"{cached.name}.values", cached, cache_write, cached, ("positions",), _values),
+        *(Fold(f"{op.name}.queries", op, quantize, op, "q_rotated", ("x",), _queries) for op in (pair, cached)),
     )
 
 
 FOLDS = (
+    Fold("cache_write.codes", quantize, cache_write, cache_write, "q", ("x",), _stored),
     Fold("norm_rope.before", rms_norm, rope, norm_rope, "norm", (), _norm_first),
+    Fold("norm_rope.whole", norm_heads, rope, norm_rope, "norm", (), _norm_whole),
     Fold("norm_rope.after", rope, rms_norm, norm_rope, "unnormed", (), _norm_last),
     *_around(norm_rope, qk_norm_rope, qk_norm_rope_cache),
     *_around(rope, qk_rope, qk_rope_cache),

@@ -19,6 +19,8 @@ _REGROUPS = frozenset({
     "view", "reshape", "expand", "transpose", "permute", "unsqueeze", "squeeze", "contiguous", "flatten", "unflatten",
     "getitem",
 })  # fmt: skip
+_WIDENS = frozenset({"to", "float", "bfloat16", "half", "type", "mul"})
+_CODES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 _MUTATES = re.compile(
     r"(?<!_)_$|^setitem$|_out$|^(__)?i(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor|[lr]shift)(__)?$"
 )
@@ -177,7 +179,7 @@ def _ordered(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
         while waiting:
             near = max(waiting)
             waiting.remove(near)
-            regroups = qualified_name(near).rsplit(".", 1)[-1] in _REGROUPS and _producer(near) is None
+            regroups = (_regroups(near) or _widens(near)) and _producer(near) is None
             if near in moved or not regroups or not moved.issuperset(near.users):
                 continue
             if any(near < writer < node for writer in writers):
@@ -187,6 +189,18 @@ def _ordered(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
             waiting += near.all_input_nodes
         groups |= dict.fromkeys(moved, node)
     return copied, groups
+
+
+def _regroups(node: Node) -> bool:
+    return qualified_name(node).rsplit(".", 1)[-1] in _REGROUPS
+
+
+def _widens(node: Node) -> bool:
+    """Whether a node makes numbers of a cache's codes, which attention reads itself."""
+    values = [source.meta.get("example_value") for source in node.all_input_nodes]
+    codes = any(isinstance(val, torch.Tensor) and val.dtype in _CODES for val in values)
+    known = qualified_name(node).rsplit(".", 1)[-1] in _WIDENS
+    return known and (codes or any(_widens(source) for source in node.all_input_nodes))
 
 
 def _spell_out_shapes(graph: Graph) -> None:

@@ -10,14 +10,23 @@ from hypothesis import strategies as st
 
 from fusionpass.arch import Arch
 from fusionpass.launch import Launch
-from fusionpass.ops import attention
+from fusionpass.ops import attention, attention_quantize
+from fusionpass.ops.quant.scheme import Scheme
 
 pytest.importorskip("triton")
 from fusionpass.ops.attention.decode_triton import Cut
-from tests.attention import Family, arguments_for_attention, check_attention, cuts, families
+from tests.attention import (
+    SCHEMES,
+    Family,
+    arguments_for_attention,
+    check_attention,
+    check_attention_quantize,
+    cuts,
+    families,
+)
 
 DEVICE = torch.device("cuda")
-BF16, FP16 = torch.bfloat16, torch.float16
+BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 # Rows of whole 16 bytes mostly: each other kind of stride is another kernel to compile.
 PADS = (0, 0, 0, 0, 0, 16, 16, 8, 3)
 FAMILIES = [
@@ -41,6 +50,18 @@ FAMILIES = [
     (Family(FP16, 256, 256, 1, 1, PADS), Cut(32, 8, 4)),
     (Family(FP16, 8, 8, 2, 2, PADS), Cut(16, 2, 4)),
     (Family(FP16, 40, 64, 3, 2, PADS), Cut(32, 2, 4)),
+    (Family(BF16, 128, 128, 4, 1, PADS, FP8), None),
+    (Family(BF16, 128, 128, 8, 2, PADS, FP8), Cut(64, 5, 4)),
+    (Family(BF16, 64, 64, 4, 1, PADS, FP8), Cut(128, 3, 4)),
+    (Family(FP16, 80, 80, 2, 1, PADS, FP8), Cut(32, 2, 4)),
+    (Family(BF16, 256, 256, 2, 4, PADS, FP8), Cut(32, 4, 4)),
+]
+QUANTISED = [
+    (Family(BF16, 128, 128, 4, 1, PADS), None),
+    (Family(BF16, 128, 128, 4, 2, PADS), Cut(64, 5, 4)),
+    (Family(BF16, 128, 128, 2, 1, PADS, FP8), Cut(64, 1, 4)),
+    (Family(FP16, 80, 80, 2, 1, PADS), Cut(32, 3, 4)),
+    (Family(BF16, 64, 64, 7, 4, PADS), Cut(64, 4, 4)),
 ]
 quiet = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
@@ -62,6 +83,17 @@ def test_drawn_arguments(family: Family, cut: Cut | None, data: st.DataObject) -
 def test_drawn_kernels(data: st.DataObject) -> None:
     arguments = data.draw(arguments_for_attention(data.draw(families()), "cuda", 1500))
     check_attention(Arch.of(DEVICE), arguments, data.draw(cuts()))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("family", "cut"), QUANTISED, ids=lambda v: "" if v is None else str(v))
+@settings(max_examples=20, **quiet)
+@given(data=st.data())
+def test_drawn_quantisations(family: Family, cut: Cut | None, scheme: str, data: st.DataObject) -> None:
+    if family.v_width % (Scheme.parse(scheme).group or 1):
+        pytest.skip("the heads are no whole groups")
+    arguments = data.draw(arguments_for_attention(family, "cuda", 1500))
+    check_attention_quantize(Arch.of(DEVICE), arguments, scheme, data.draw(st.booleans()), cut)
 
 
 def sample(batch: int, heads: int, kv_heads: int, positions: int, width: int, tokens: int = 1, **more: Any) -> Any:
@@ -87,6 +119,22 @@ def test_static_caches_of_models(
     if added:
         mask = torch.where(mask, 0.0, -torch.inf).to(BF16)
     check_attention(arch, sample(batch, heads, kv_heads, 4096, width, mask=mask))
+
+
+@pytest.mark.parametrize("scheme", ["fp8_static", "fp8_token", "int8_token", "mxfp8"])
+@pytest.mark.parametrize("batch", [1, 32])
+@pytest.mark.parametrize("codes", [False, True])
+def test_static_caches_of_models_quantised(batch: int, codes: bool, scheme: str, arch: Arch) -> None:
+    """Many programs share a token's scale: whoever is last must see what all others wrote, each time."""
+    mask = (torch.arange(4096, device=DEVICE) < 1000).expand(batch, 1, 1, 4096)
+    arguments = sample(batch, 32, 8, 4096, 128, mask=mask)
+    if codes:
+        step = torch.full((), 0.01, device=DEVICE)
+        arguments |= {name: (arguments[name] / step).to(FP8) for name in ("k", "v")}
+        arguments |= {"k_scale": step, "v_scale": step}
+        check_attention(arch, arguments)
+    for _ in range(50):
+        check_attention_quantize(arch, arguments, scheme, False)
 
 
 def test_past_32_bit_offsets(arch: Arch) -> None:
@@ -136,6 +184,38 @@ def test_chain_under_dependent_launch(positions: int, arch: Arch) -> None:
         captured.fill_(float("nan"))
         graph.replay()
         assert torch.equal(captured, expected)
+
+
+@pytest.mark.parametrize("scheme", ["fp8_static", "fp8_token"])
+def test_quantised_under_dependent_launch(scheme: str, arch: Arch) -> None:
+    """A chain in a CUDA graph, in which each step's counts must start from zero again."""
+    first = sample(4, 32, 8, 1024, 128)
+    first = {"softmax_scale" if k == "scale" else k: v for k, v in first.items() if k != "joined"}
+    scale = torch.full((), 0.01, device=DEVICE) if scheme == "fp8_static" else None
+    asked = attention_quantize.bind((), {**first, "scheme": scheme, "scale": scale, "attended_out": True})
+
+    def chain(dependent: bool) -> list[torch.Tensor]:
+        q, made = asked["q"], []
+        for _ in range(20):
+            launch, why = attention_quantize.plan(arch, {**asked, "q": q})
+            assert launch is not None, why
+            made = (launch if dependent else plainly(launch)).run()
+            q = made[-1].view(4, 1, 32, 128).transpose(1, 2)
+        return made
+
+    expected = chain(False)
+    torch.cuda.synchronize()
+    chain(True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(True)
+    for _ in range(5):
+        for one in captured:
+            one.view(torch.uint8).fill_(0xA5)
+        graph.replay()
+        assert all(
+            torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(captured, expected, strict=True)
+        )
 
 
 def test_called_as_an_op_it_runs_the_kernel(arch: Arch) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fusionpass
 from fusionpass.arch import Arch
+from fusionpass.ops import qk_norm_rope
 from fusionpass.ops.rope import NORMED
 from fusionpass.testing import difference
 from tests.heads import HEAD_OPS, arguments_for_heads, check_heads
@@ -31,6 +32,22 @@ def test_drawn_arguments(op, data):
 def test_sizes_of_models(op, dtype, tokens):
     generator = torch.Generator("cuda").manual_seed(0)
     check_heads(op, Arch.of(DEVICE), op.bind((), op.sample(tokens, 4096, dtype, "cuda", generator)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [1, 64, 4097])
+@pytest.mark.parametrize(("q_heads", "k_heads", "width"), [(32, 8, 128), (16, 16, 128), (12, 3, 80)])
+def test_norms_of_whole_tokens_at_sizes_of_models(q_heads, k_heads, width, tokens, dtype):
+    """As OLMo2 and OLMoE have it."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+    q, k = (drawn(2, tokens, n, width).transpose(1, 2) for n in (q_heads, k_heads))
+    table = {name: drawn(1, 1, tokens, width) for name in ("cos", "sin")}
+    weights = {"q_weight": drawn(q_heads * width), "k_weight": drawn(k_heads * width)}
+    check_heads(qk_norm_rope, Arch.of(DEVICE), qk_norm_rope.bind((q, k), {**table, **weights, "heads_dim": 1}))
 
 
 class Attention(torch.nn.Module):

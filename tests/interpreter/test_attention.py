@@ -13,7 +13,15 @@ from fusionpass.arch import Arch
 from fusionpass.ops import attention
 from fusionpass.ops.attention import decode_triton
 from fusionpass.ops.attention.decode_triton import Cut
-from tests.attention import arguments_for_attention, check_attention, cuts, families
+from tests.attention import (
+    SCHEMES,
+    arguments_for_attention,
+    check_attention,
+    check_attention_quantize,
+    cuts,
+    families,
+    schemes,
+)
 
 # No programmatic dependent launch in these: the interpreter has no grids to wait for.
 ARCH = Arch("sm_89")
@@ -57,6 +65,24 @@ def test_drawn_arguments(data: st.DataObject) -> None:
     scans = {"SCAN": data.draw(st.sampled_from([16, 128, 2048])), "SCANS": data.draw(st.sampled_from([0, 4, 100]))}
     with mock.patch.multiple(decode_triton, **scans):
         check_attention(ARCH, arguments, data.draw(cuts()))
+
+
+@slow
+@given(data=st.data())
+def test_drawn_quantisations(data: st.DataObject) -> None:
+    family = data.draw(families())
+    arguments = data.draw(arguments_for_attention(family, "cpu", 120))
+    scheme, out = data.draw(schemes(family.v_width)), data.draw(st.booleans())
+    check_attention_quantize(ARCH, arguments, scheme, out, data.draw(cuts()))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_each_scheme(scheme: str, splits: int) -> None:
+    k, v = drawn(2, 2, 2, 100, 128)
+    arguments = attention.bind((drawn(2, 6, 3, 128), k, v), {})
+    made = check_attention_quantize(ARCH, arguments, scheme, True, Cut(16, splits, 4))
+    assert made or (splits == 1 and scheme in SCHEMES[2:6])
 
 
 @pytest.fixture

@@ -57,8 +57,9 @@ def test_compiles(op, name):
             assert re.search(r"st\.global[\w.:]*\.v4\.b32|(global|buffer)_store_dwordx4", text)
         if "quantize" in op.name:
             assert re.search(r"st\.global[\w.:]*\.v2\.b32|(global|buffer)_store_dwordx2", text)
-        # Two a reduction: LayerNorm's two sums are one, and a second where that is not exact enough.
-        assert text.count("bar.sync") <= (4 if "layer" in op.name else 2)
+        # Two a reduction, of which LayerNorm has one more; Triton 3.6 writes one barrier more between those.
+        between = "layer" in op.name and _triton() < (3, 8)
+        assert text.count("bar.sync") <= (4 if "layer" in op.name else 2) + between
 
 
 @pytest.mark.parametrize("op", WITH_KERNELS, ids=lambda op: op.name)

@@ -13,13 +13,14 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from fusionpass.aot import compile_launch
 from fusionpass.arch import Arch
-from fusionpass.errors import ArgumentError
+from fusionpass.errors import ArgumentError, ScaleError
 from fusionpass.graphs import same_strides
-from fusionpass.ops import attention
+from fusionpass.ops import attention, attention_quantize, quantize
+from fusionpass.ops.quant import sample_scale
 
 pytest.importorskip("triton")
 from fusionpass.ops.attention.decode_triton import Cut, configure
-from tests.attention import arguments_for_attention, families, oracle
+from tests.attention import SCHEMES, arguments_for_attention, families, oracle, plain
 
 H100 = Arch("sm_90")
 BF16 = torch.bfloat16
@@ -44,7 +45,10 @@ def inputs(tokens: int = 1, device: str = "cpu", **changes: Any) -> dict[str, An
 def test_the_reference_against_float64(data: st.DataObject) -> None:
     arguments = data.draw(arguments_for_attention(data.draw(families()), "cpu", 200))
     # In float64 as well, which the tests of other kernels take as their oracle.
-    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    wide = {
+        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in plain(arguments).items()
+    }
     exact, allowed = oracle(arguments)
     result = attention.reference(**arguments)
     assert result.dtype == arguments["q"].dtype
@@ -141,6 +145,108 @@ def test_what_the_kernel_refuses(changes: dict[str, Any], reason: str) -> None:
     launch, why = attention.plan(H100, inputs(**changes))
     assert launch is None
     assert why.startswith(f"triton: {reason}")
+
+
+CODES, STEP = torch.float8_e4m3fn, torch.tensor(0.5)
+
+
+def test_codes_are_widened_and_rounded() -> None:
+    q, k, v = torch.randn(1, 4, 3, 64).bfloat16(), *torch.randn(2, 1, 2, 9, 64).to(CODES)
+    scales = {"k_scale": torch.tensor(0.037), "v_scale": torch.tensor([[1.3]])}
+    wide = [(t.float() * scales[name]).reshape(t.shape).bfloat16() for name, t in (("k_scale", k), ("v_scale", v))]
+    assert torch.equal(attention(q, k, v, **scales), attention(q, *wide))
+    assert torch.equal(attention(q, k, v), attention(q, k.bfloat16(), v.bfloat16()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k_scale": STEP}, "k is torch.bfloat16, and has a scale"),
+        ({"v_scale": STEP}, "v is torch.bfloat16, and has a scale"),
+        ({"k": K.to(CODES), "k_scale": torch.ones(2)}, "the scale of k is (2,)"),
+        ({"k": K.to(CODES), "k_scale": torch.ones(1, dtype=torch.int64)}, "(1,) torch.int64"),
+        ({"q": zeros(2, 8, 1, 64).to(CODES), "k": K.to(CODES), "v": K.to(CODES)}, "q is torch.float8_e4m3fn"),
+    ],
+)
+def test_codes_and_scales_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((ArgumentError, ScaleError), match=re.escape(message)):
+        attention(**inputs(**changes))
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "reason"),
+    [
+        ("sm_80", {"k": K.to(CODES)}, "k: Triton cannot convert to float8_e4m3fn on sm_80"),
+        ("sm_90", {"v": K.to(torch.float8_e4m3fnuz)}, "v: sm_90 does not convert to float8_e4m3fnuz"),
+        ("sm_90", {"k": K.to(CODES), "k_scale": STEP.to("meta")}, "k_scale is on meta, q on cpu"),
+        ("sm_90", {"v": K.to(CODES), "v_scale": STEP.to("meta")}, "v_scale is on meta, q on cpu"),
+    ],
+)
+def test_codes_that_the_kernel_refuses(arch: str, changes: dict[str, Any], reason: str) -> None:
+    assert attention.plan(Arch(arch), inputs(**changes)) == (None, f"triton: {reason}")
+
+
+def quantised(**changes: Any) -> str:
+    """Why the kernels do not take this."""
+    made = {"softmax_scale" if k == "scale" else k: v for k, v in inputs().items() if k != "joined"}
+    launch, why = attention_quantize.plan(H100, attention_quantize.bind((), {**made, "scale": STEP, **changes}))
+    assert launch is None
+    return why
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"scale_2": STEP}, "there are several scales"),
+        ({"scale": None, "scheme": "mxfp8,layout=swizzled"}, "scales that are swizzled lie across tokens"),
+        ({"scale": None, "scheme": "fp8_group128"}, "groups of 128 columns are no part of a head of 64"),
+        ({"scale": None, "scheme": "fp8_token", "q": zeros(1, 600, 1, 64), "k": K[:1], "v": K[:1]}, "600 heads"),
+        ({"scale": None, "scheme": "fp8_token", "k": K[:, :, :9], "v": K[:, :, :9]}, "its positions are not split"),
+        ({"scheme": "fp8_static,dtype=float8_e4m3fnuz"}, "sm_90 does not convert to float8_e4m3fnuz"),
+        ({"scale": STEP.to("meta")}, "the scale is torch.float32 on meta"),
+        ({"q": zeros(2, 8, 9, 64)}, "36 rows a KV head"),
+    ],
+)
+def test_quantisations_that_the_kernel_refuses(changes: dict[str, Any], reason: str) -> None:
+    assert quantised(**changes).startswith(f"triton: {reason}")
+
+
+def test_symbolic_heads_have_no_scale_in_common() -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    q = symbolic(mode, zeros(2, 8, 1, 64), 1)
+    assert "None heads of 64 columns" in quantised(q=q, scale=None, scheme="fp8_token")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantised_it_is_both(scheme: str) -> None:
+    q, k, v = (torch.randn(2, heads, rows, 128).bfloat16() for heads, rows in ((4, 3), (2, 9), (2, 9)))
+    scale = sample_scale(scheme, "cpu")
+    attended = attention(q, k, v, scale=0.1, joined=True)
+    assert torch.equal(attended, attention(q, k, v, scale=0.1).transpose(1, 2).flatten(2))
+    expected = [*quantize.reference(attended, scale, scheme), attended]
+    for form in (attention_quantize, attention_quantize.parts):
+        arguments = attention_quantize.bind(
+            (q, k, v), {"softmax_scale": 0.1, "scale": scale, "scheme": scheme, "attended_out": True}
+        )
+        for made, want in zip(form(**arguments), expected, strict=True):
+            assert torch.equal(made.view(torch.uint8), want.view(torch.uint8))
+
+
+def test_several_scales_in_parts() -> None:
+    q = torch.randn(1, 2, 3, 64).bfloat16()
+    arguments = attention_quantize.bind((q, q, q), {"scale": STEP, "scale_3": STEP * 2})
+    first, second = attention_quantize.parts(**arguments)
+    expected = attention_quantize.reference(**arguments)
+    assert torch.equal(first.float(), expected[0].float())
+    assert torch.equal(second.float(), expected[1].float())
+    assert not torch.equal(first.float(), second.float())
+
+
+def test_codes_come_in_twice_the_positions() -> None:
+    assert configure(H100, 8, 4096, 128, 1) == Cut(64, 64, 4)
+    launch, _ = attention.plan(H100, inputs(k=K.to(CODES), v=K.to(CODES)))
+    assert launch is not None
+    assert launch.all[0].args["BLOCK"] == 128
 
 
 def symbolic(mode: FakeTensorMode, tensor: torch.Tensor, *dims: int) -> torch.Tensor:

@@ -10,7 +10,8 @@ from fusionpass import Config
 from fusionpass.aot import compile_launch
 from fusionpass.arch import Arch
 from fusionpass.graphs import same_strides
-from fusionpass.ops import attention
+from fusionpass.ops import attention, attention_quantize
+from fusionpass.ops.quant.scheme import Scheme
 from fusionpass.session import Session
 
 pytest.importorskip("triton")
@@ -49,6 +50,56 @@ def test_compiles(name: str, width: int) -> None:
         assert "griddepcontrol.wait" in combine
     else:
         assert re.search(r"v_mfma_f32_(16x16x|32x32x)\d+_?bf16", decode)
+
+
+CACHES = {"sm_90": torch.float8_e4m3fn, "gfx942": torch.float8_e4m3fnuz}
+
+
+def quantising(name: str, scheme: str, codes: bool = False, width: int = 128, positions: int = 4096) -> list[str]:
+    """The code of each launch, with one KV head for four of queries, over a cache of codes or not."""
+    dtype = CACHES.get(name, torch.float8_e4m3fn)
+    k = meta(1, 1, positions, width, dtype=dtype if codes else BF16)
+    scales = dict.fromkeys(("k_scale", "v_scale"), meta(1, dtype=F32)) if codes else {}
+    if name == "gfx942" and scheme.startswith("fp8"):
+        scheme += ",dtype=float8_e4m3fnuz"
+    given = {"scale": meta(1, dtype=F32) if Scheme.parse(scheme).takes_scale else None, "scheme": scheme, **scales}
+    asked = attention_quantize.bind((meta(1, 4, 1, width), k, k), given)
+    launch, why = attention_quantize.plan(Arch(name), asked)
+    assert launch is not None, why
+    made = [compile_launch(part, Arch(name)) for part in launch.all]
+    return [asm["ptx"] if "ptx" in asm else asm["amdgcn"] for asm in made]
+
+
+@pytest.mark.parametrize("name", ["sm_90", "sm_100", "sm_120", "gfx942", "gfx950"])
+@pytest.mark.parametrize(("scheme", "codes"), [("fp8_static", False), ("fp8_token", True), ("int8_token", False)])
+def test_quantisation_compiles(name: str, scheme: str, codes: bool) -> None:
+    decode, combine = quantising(name, scheme, codes)
+    if name.startswith("sm"):
+        assert "mma.sync.aligned.m16n8k16" in decode
+        assert ("cvt.rn.f16x2.e4m3x2" in decode) == codes
+        assert ("cvt.rn.satfinite.e4m3x2.f32" in combine) == scheme.startswith("fp8")
+        assert ("atom.global.gpu.acq_rel" in combine or "atom.acq_rel.gpu.global" in combine) == ("token" in scheme)
+        assert not re.search(r"(ld|st)\.local", decode + combine)
+
+
+@pytest.mark.parametrize("positions", [32, 4096])
+@pytest.mark.parametrize("scheme", ["fp8_group128", "mxfp8", "nvfp4", "int8_group128"])
+def test_quantisation_by_group_compiles(scheme: str, positions: int) -> None:
+    *_, last = quantising("sm_90", scheme, positions=positions)
+    assert not re.search(r"(ld|st)\.local", last)
+
+
+def test_a_whole_token_is_stored_before_it_is_counted_and_read_past_the_nearest_cache() -> None:
+    combine = quantising("sm_90", "fp8_token")[1]
+    counted = re.search(r"atom\.[\w.]*acq_rel[\w.]*", combine)
+    assert counted is not None
+    barrier, head = combine.rindex("bar.sync", 0, counted.start()), combine.index("st.global")
+    assert head < barrier < counted.start()
+    read = [m.start() for m in re.finditer(r"ld\.global\.cg", combine)]
+    launch = combine.index("griddepcontrol.launch_dependents")
+    assert counted.start() < read[0] <= read[-1] < launch
+    assert not re.search(r"ld\.global", combine[launch:])
+    assert combine.count("griddepcontrol.launch_dependents") == 1
 
 
 @pytest.mark.parametrize("rows", [1, 16, 32])

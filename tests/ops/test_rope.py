@@ -6,17 +6,20 @@ from typing import Any
 import pytest
 import torch
 
+from fusionpass.aot import compile_launch
 from fusionpass.arch import Arch
 from fusionpass.errors import ArgumentError
 from fusionpass.launch import Launch
 from fusionpass.ops import (
     cache_write,
+    norm_heads,
     norm_rope,
     qk_norm,
     qk_norm_rope,
     qk_norm_rope_cache,
     qk_rope,
     qk_rope_cache,
+    quantize,
     rms_norm,
     rope,
 )
@@ -44,6 +47,7 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
 
 
 BASE = arguments(rope)
+ONE, CODES = torch.tensor(1.0), torch.zeros(1, 1, 11, 128).to(torch.float8_e4m3fn)
 X, COS, SIN = BASE["x"], BASE["cos"], BASE["sin"]
 
 
@@ -102,6 +106,92 @@ def test_what_a_cache_refuses(changes: dict[str, Any], message: str) -> None:
         cache_write(**{**arguments(cache_write), **changes})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale": ONE}, r"x is .* torch.float8_e4m3fn.*The cache is .* torch.bfloat16"),
+        ({"scale": ONE, "cache": CODES, "code_scheme": "fp8_token"}, "'fp8_token' computes its scale"),
+        ({"cache": CODES}, "The cache is .* torch.float8_e4m3fn"),
+    ],
+)
+def test_codes_that_a_cache_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        cache_write(**{**arguments(cache_write), **changes})
+
+
+@pytest.mark.parametrize("scheme", ["fp8_static", "fp8_static,rounding=divide"])
+@pytest.mark.parametrize("op", [qk_rope_cache, qk_norm_rope_cache], ids=str)
+def test_codes_are_those_of_the_results(op: Any, scheme: str) -> None:
+    given, scales = arguments(op), {"q_scale": ONE / 33, "k_scale": ONE / 44, "v_scale": ONE / 55}
+    caches = {name: torch.zeros_like(given[name]).to(CODES.dtype) for name in ("k_cache", "v_cache")}
+    found = op(**{**given, **scales, **caches, "code_scheme": scheme, "k_out": True})
+    q, k_cache, v_cache, k = op(**{**given, "k_out": True})
+    expected = (q, k_cache[:, :, 3:6], v_cache[:, :, 3:6])
+    made = (found[0], found[1][:, :, 3:6], found[2][:, :, 3:6])
+    for codes, values, scale in zip(made, expected, scales.values(), strict=True):
+        assert torch.equal(codes.float(), quantize(values, scale, scheme).float())
+    assert torch.equal(found[3], k)
+
+
+@pytest.mark.parametrize("name", ["sm_90", "sm_100", "sm_120", "gfx942", "gfx950"])
+@pytest.mark.parametrize("op", [qk_rope_cache, qk_norm_rope_cache], ids=str)
+def test_codes_compile(op: Any, name: str) -> None:
+    dtype = torch.float8_e4m3fnuz if name == "gfx942" else CODES.dtype
+    given = arguments(op, 64, 2048)
+    caches = {cache: torch.zeros_like(given[cache]).to(dtype) for cache in ("k_cache", "v_cache")}
+    scheme = f"fp8_static,dtype={str(dtype).removeprefix('torch.')}"
+    scales = dict.fromkeys(("q_scale", "k_scale", "v_scale"), ONE)
+    launch, why = op.plan(Arch(name), {**given, **caches, **scales, "code_scheme": scheme})
+    assert launch is not None, why
+    asm = compile_launch(launch, Arch(name))
+    if name.startswith("sm"):
+        assert "cvt.rn.satfinite.e4m3x2.f32" in asm["ptx"]
+        assert "bar.sync" not in asm["ptx"]
+
+
+@pytest.mark.parametrize("name", ["sm_90", "sm_100", "sm_120", "gfx942", "gfx950"])
+@pytest.mark.parametrize(("heads", "width"), [(16, 64), (32, 128), (64, 128)])
+def test_norms_of_whole_tokens_compile(heads: int, width: int, name: str) -> None:
+    q, k = (torch.zeros(1, n, 64, width).bfloat16() for n in (heads, heads // 4))
+    weights = {"q_weight": torch.ones(heads * width).bfloat16(), "k_weight": torch.ones(heads // 4 * width).bfloat16()}
+    table = {n: torch.zeros(1, 1, 64, width).bfloat16() for n in ("cos", "sin")}
+    launch, why = qk_norm_rope.plan(Arch(name), qk_norm_rope.bind((q, k), {**table, **weights, "heads_dim": 1}))
+    assert launch is not None, why
+    assert launch.grid == (64, 2), "a program has all heads of a token"
+    asm = compile_launch(launch, Arch(name))
+    if name.startswith("sm"):
+        assert not re.search(r"(ld|st)\.local", asm["ptx"])
+
+
+def test_norms_of_whole_tokens_are_rms_norms_of_rows() -> None:
+    rows, weight = torch.randn(2, 5, 12).bfloat16(), torch.randn(12).bfloat16()
+    expected = rms_norm(rows, weight, 1e-5).view(2, 5, 3, 4)
+    assert torch.equal(norm_heads(rows.view(2, 5, 3, 4), 2, weight, 1e-5), expected)
+    moved = norm_heads(rows.view(2, 5, 3, 4).transpose(1, 2), 1, weight, 1e-5)
+    assert torch.equal(moved, expected.transpose(1, 2))
+    assert moved.stride() == expected.transpose(1, 2).stride()
+    table = {"cos": torch.rand(5, 4).bfloat16(), "sin": torch.rand(5, 4).bfloat16()}
+    turned = norm_rope(rows.view(2, 5, 3, 4).transpose(1, 2), **table, weight=weight, eps=1e-5, heads_dim=1)
+    assert torch.equal(turned, rope(moved, **table))
+
+
+@pytest.mark.parametrize("dim", [-2, 0, 3])
+def test_heads_are_the_last_dimension_but_one_or_two(dim: int) -> None:
+    with pytest.raises(ArgumentError, match=f"heads_dim={dim} for x of"):
+        norm_heads(torch.zeros(2, 5, 3, 4), dim)
+
+
+def test_whole_tokens_that_the_kernel_refuses() -> None:
+    q = torch.zeros(1, 128, 3, 256).bfloat16()
+    table = {name: torch.zeros(1, 1, 3, 256).bfloat16() for name in ("cos", "sin")}
+    launch, why = norm_rope.plan(H100, norm_rope.bind((q,), {**table, "heads_dim": 1}))
+    assert (launch, why) == (None, "triton: 128 heads of 256 columns do not fit in registers (at most 16384 columns)")
+    # One dimension is the heads for the norm, another one for the angles.
+    launch, why = norm_rope.plan(H100, norm_rope.bind((q,), {**table, "heads_dim": 2}))
+    assert launch is None
+    assert "each head has its own angles" in why
+
+
 def test_values_need_their_cache() -> None:
     with pytest.raises(ArgumentError, match="only one of v and v_cache"):
         qk_rope_cache(**{**arguments(qk_rope_cache), "v_cache": None})
@@ -142,6 +232,11 @@ def test_a_pair_is_both(op: Any) -> None:
         (qk_norm, {"k_weight": torch.ones(128)}, "would have another dtype than x"),
         (norm_rope, {"cos": COS.float(), "sin": SIN.float(), "norm_first": False}, "which is wider"),
         (qk_rope_cache, {"cos": COS.float(), "sin": SIN.float()}, "the rotated keys are wider"),
+        (qk_rope, {"q_scale": torch.ones(2)}, "the scale is not one element"),
+        (qk_rope, {"q_scale": ONE, "code_scheme": "fp8_static,dtype=float8_e4m3fnuz"}, "does not convert to"),
+        (qk_rope_cache, {"k_scale": ONE, "k_cache": CODES, "v_scale": ONE.to("meta")}, "the scale is torch.float32 on"),
+        (qk_rope_cache, {"v_scale": ONE}, "v_cache is torch.bfloat16, not torch.float8_e4m3fn"),
+        (qk_rope_cache, {"k_scale": ONE, "k_cache": CODES.to("meta")}, "k_cache is .* on meta, not cpu"),
         (qk_norm, {"q": X[..., :63], "k": X[..., :63], "q_weight": None, "k_weight": None}, "an even number"),
     ],
 )

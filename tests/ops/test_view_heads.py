@@ -1,9 +1,15 @@
 import pytest
 import torch
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from fusionpass.aot import compile_launch
 from fusionpass.arch import Arch
+from fusionpass.config import Config
 from fusionpass.errors import ArgumentError
-from fusionpass.ops import view_heads
+from fusionpass.ops import qk_norm, view_heads
+from fusionpass.pipeline import early, late
+from fusionpass.report.trace import GraphTrace
 
 HEAD = 16
 KEEPS = [None, Arch("cpu"), Arch("sm_80"), Arch("sm_90"), Arch("sm_100")]
@@ -75,3 +81,66 @@ def test_it_compiles_without_a_copy():
     heads = torch.compile(lambda x: view_heads(x, HEAD), backend="aot_eager", fullgraph=True)(q)
     assert heads.stride() == (6 * HEAD, HEAD, 1)
     assert heads.data_ptr() == q.data_ptr()
+
+
+@pytest.mark.parametrize("arch", [*KEEPS, *COPIES], ids=str)
+def test_a_copy_can_be_asked_for_and_turned_off(arch):
+    q, k, _ = _packed(5)
+    kept, copied = view_heads(q, HEAD, arch, copy=False), view_heads(k, HEAD, arch, copy=True)
+    assert kept.data_ptr() == q.data_ptr()
+    assert kept.stride() == (6 * HEAD, HEAD, 1)
+    assert copied.shape == (5, HEAD)
+    assert copied.data_ptr() != k.data_ptr()
+    assert copied.is_contiguous()
+
+
+def _graph(arch, copy=None):
+    """The graph, after the passes, of a norm of heads that lie in a packed row; and its ops."""
+
+    def model(qkv, weight):
+        q, k, _ = qkv.split([4 * HEAD, HEAD, HEAD], -1)
+        q, k = (view_heads(x, HEAD, arch, copy) for x in (q, k))
+        wide = [x.float() for x in (q, k)]
+        return [weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).to(qkv.dtype) for x in wide]
+
+    trace, config = GraphTrace(0), Config(target=arch)
+    traced = make_fx(model, select_decomp_table(), "fake")(
+        *(torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((5, 6 * HEAD), (HEAD,)))
+    )
+    for _, function in (*early(config, trace), *late(config, trace)):
+        function(traced.graph)
+    return traced.graph, trace
+
+
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
+
+
+@pytest.mark.parametrize("arch", COPIES, ids=str)
+def test_the_graph_for_rocm_holds_the_copies_and_no_view_of_a_strided_tensor(arch):
+    graph, trace = _graph(arch)
+    copies = [node for node in graph.nodes if node.target is torch.ops.aten.clone.default]
+    assert len(copies) == 2, "one of q, one of k"
+    assert all(not node.args[0].meta["val"].is_contiguous() for node in copies)
+    assert all(node.meta["val"].is_contiguous() for node in copies)
+    views = [node for node in graph.nodes if node.target in VIEWS]
+    assert all(node.args[0].meta["val"].is_contiguous() for node in views)
+    assert [record.backend for record in trace.fused] == ["triton", "triton"]
+
+
+@pytest.mark.parametrize("arch", [Arch("sm_90"), Arch("sm_100")], ids=str)
+def test_the_graph_for_cuda_holds_none(arch):
+    graph, _ = _graph(arch)
+    assert not [node for node in graph.nodes if node.target is torch.ops.aten.clone.default]
+
+
+@pytest.mark.parametrize("arch", COPIES, ids=str)
+def test_on_rocm_a_kernel_follows_the_strides_where_no_copy_is_wanted(arch):
+    qkv = torch.zeros(5, 6 * HEAD, dtype=torch.bfloat16)
+    q, k, _ = qkv.split([4 * HEAD, HEAD, HEAD], -1)
+    q, k = (view_heads(x, HEAD, arch, copy=False) for x in (q, k))
+    launch, reason = qk_norm.plan(arch, qk_norm.bind((q, k), {}))
+    assert launch is not None, reason
+    assert launch.args["q"] is q
+    assert launch.args["k"] is k
+    pytest.importorskip("triton")
+    assert "amdgcn" in compile_launch(launch, arch)

@@ -172,6 +172,23 @@ def test_what_only_regroups_the_operands_stays_with_attention() -> None:
     assert not any("expand" in qualified_name(node) for node in pieces[0].module.graph.nodes)
 
 
+@pytest.mark.parametrize("fp8", [True, False])
+def test_numbers_of_a_caches_codes_are_made_where_attention_reads_them(fp8: bool) -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        q = F.scaled_dot_product_attention(q * 2, k, k)
+        codes[:, :, 0] = q.to(codes.dtype)[:, :, 0]
+        wide = (codes.float() * scale).to(q.dtype)
+        return F.scaled_dot_product_attention(q, wide, codes.to(torch.float32).to(q.dtype))
+
+    x = torch.randn(1, 2, 3, 4).bfloat16()
+    codes = x.to(torch.float8_e4m3fn if fp8 else torch.int8)
+    gm, _ = captured(attend, x, x, torch.ones(()), codes)
+    *_, before, last = cut(gm).pieces.values()
+    made = [[qualified_name(node).rpartition(".")[2] for node in piece.module.graph.nodes] for piece in (before, last)]
+    assert made[1].count("mul") == int(fp8)
+    assert ("float" in made[0], "setitem" in made[0]) == (not fp8, True)
+
+
 def test_a_write_keeps_what_it_changes_in_front_of_it() -> None:
     def attend(x: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
         k = cache[:, :2].reshape(1, 2, -1, 4)  # a copy where the strides ask for one

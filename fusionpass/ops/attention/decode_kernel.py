@@ -1,4 +1,7 @@
-"""Triton kernels of attention of a few tokens over a cache: parts of the positions, and their combination."""
+"""Triton kernel of attention of a few tokens over a cache, by parts of the positions.
+
+A cache of FP8 codes is widened as it is read, and the result is quantised before it is written, where the op does so.
+"""
 # Triton's own language has no annotations that mypy could check.
 # mypy: disable-error-code="no-untyped-def"
 
@@ -6,15 +9,28 @@ import triton
 import triton.language as tl
 
 from ..pdl import pdl_launch, pdl_wait
+from ..quant.epilogue import store_codes
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _power(score, peak):
+def power_of(score, peak):
     """exp(score - peak), 0 where a score is hidden (-inf), also where all are."""
     # Subtracted before it is scaled: a mask of the least finite number must not become infinite.
     return tl.exp2((score - tl.where(peak == float("-inf"), 0.0, peak)) * LOG2E)
+
+
+@triton.jit
+def _widened(codes, step, like):
+    """FP8 codes times their scale, None for 1, in the dtype of `like`; what is in that dtype as it is."""
+    kind: tl.constexpr = like.dtype
+    if codes.dtype == kind:
+        return codes
+    wide = codes.to(tl.float32)
+    if step is not None:
+        wide = wide * step
+    return wide.to(kind)
 
 
 @triton.jit
@@ -22,6 +38,8 @@ def _attend(
     queries,
     k_rows,
     v_rows,
+    k_step,
+    v_step,
     k_position,
     v_position,
     position,
@@ -49,14 +67,15 @@ def _attend(
         read[:, None] & (columns < DIM)[None, :],
         other=0.0,
     )
+    keys = _widened(keys, k_step, queries)
     score = tl.dot(queries, tl.trans(keys)) * scale
     if bias is not None:
         score += bias
     score = tl.where(seen, score, float("-inf"))
     highest = tl.maximum(peak, tl.max(score, 1))
-    weight = _power(score, highest[:, None])
-    values = tl.where(wanted, values, 0.0)
-    kept = _power(peak, highest)
+    weight = power_of(score, highest[:, None])
+    values = tl.where(wanted, _widened(values, v_step, queries), 0.0)
+    kept = power_of(peak, highest)
     total = total * kept + tl.sum(weight, 1)
     summed = summed * kept[:, None] + tl.dot(weight.to(values.dtype), values)
     return highest, total, summed
@@ -68,10 +87,17 @@ def decode_kernel(
     k,
     v,
     mask,
+    k_scale,
+    v_scale,
+    code_scale,
     out,
+    codes,
+    code_scales,
     sums,
     peaks,
     totals,
+    arrived,
+    result_rows,
     kv_heads,
     positions,
     q_batch,
@@ -102,14 +128,25 @@ def decode_kernel(
     SPLITS: tl.constexpr,
     SCAN: tl.constexpr,
     SCANS: tl.constexpr,
+    GROUP_COLUMNS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    LOW: tl.constexpr,
+    INVERSE: tl.constexpr,
+    INPUT: tl.constexpr,
+    EPS: tl.constexpr,
+    ZERO_IS_ONE: tl.constexpr,
+    POWER: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    DIVIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One KV head and one split of the positions a program, for all query heads and tokens that read that head.
 
     Split s takes blocks s, s + SPLITS, …: wherever the visible positions are, they are shared evenly. Rows are tokens ×
     GROUP query heads. MASK_ROWS is 1 where all rows have one mask; it is looked through first if it has SCANS times
-    SCAN positions at most. ADDED: it is added. With one split the result goes to `out`, else the parts to `sums`,
-    `peaks` and `totals`.
+    SCAN positions at most. ADDED: it is added. With one split the result goes to `out`, `codes` and `code_scales`, as
+    far as there are such, of `result_rows` rows; else the parts go to `sums`, `peaks` and `totals`, and `arrived`, of
+    each token, is made zero.
     """
     pid = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -125,6 +162,15 @@ def decode_kernel(
     k_rows = k + batch * k_batch + head * k_head
     v_rows = v + batch * v_batch + head * v_head
     pdl_wait(PDL)
+    k_step = None
+    v_step = None
+    given = None
+    if k_scale is not None:
+        k_step = tl.load(k_scale).to(tl.float32)
+    if v_scale is not None:
+        v_step = tl.load(v_scale).to(tl.float32)
+    if code_scale is not None:
+        given = tl.load(code_scale).to(tl.float32)
     q_rows = q + batch * q_batch + q_heads * q_head + token * q_token
     queries = tl.load(q_rows[:, None] + columns[None, :], inside[:, None] & (columns < DIM)[None, :], other=0.0)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
@@ -164,8 +210,8 @@ def decode_kernel(
             if CAUSAL:
                 seen &= position[None, :] <= token[:, None]
             peak, total, summed = _attend(
-                queries, k_rows, v_rows, k_position, v_position, position, seen, None, scale, peak, total, summed,
-                DIM, DIM_BLOCK, V_DIM, V_BLOCK,
+                queries, k_rows, v_rows, k_step, v_step, k_position, v_position, position, seen, None, scale, peak,
+                total, summed, DIM, DIM_BLOCK, V_DIM, V_BLOCK,
             )  # fmt: skip
         else:
             bias = None
@@ -183,8 +229,8 @@ def decode_kernel(
             )
             if tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0:
                 peak, total, summed = _attend(
-                    queries, k_rows, v_rows, k_position, v_position, position, seen, bias, scale, peak, total, summed,
-                    DIM, DIM_BLOCK, V_DIM, V_BLOCK,
+                    queries, k_rows, v_rows, k_step, v_step, k_position, v_position, position, seen, bias, scale, peak,
+                    total, summed, DIM, DIM_BLOCK, V_DIM, V_BLOCK,
                 )  # fmt: skip
     pdl_launch(PDL)
     v_columns = tl.arange(0, V_BLOCK)
@@ -192,13 +238,20 @@ def decode_kernel(
     made = (batch * TOKENS + token) * (kv_heads * GROUP) + q_heads
     if SPLITS == 1:
         # A row that has seen nothing has nothing to divide, and is zero.
-        result = summed / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(
-            out + made[:, None] * V_DIM + v_columns[None, :],
-            result.to(out.dtype.element_ty),
-            inside[:, None] & (v_columns < V_DIM)[None, :],
-        )
+        result = (summed / tl.where(total == 0.0, 1.0, total)[:, None]).to(q.dtype.element_ty)
+        mask_of_result = inside[:, None] & (v_columns < V_DIM)[None, :]
+        if out is not None:
+            tl.store(out + made[:, None] * V_DIM + v_columns[None, :], result, mask_of_result)
+        if codes is not None:
+            store_codes(
+                result.to(tl.float32), given, codes, code_scales, tl.where(inside, made, result_rows)[:, None],
+                v_columns[None, :], mask_of_result, result_rows, V_DIM, GROUP_COLUMNS, LIMIT, LOW, INVERSE, INPUT, EPS,
+                ZERO_IS_ONE, POWER, LAYOUT, DIVIDE, False,
+            )  # fmt: skip
     else:
+        if arrived is not None:
+            first_of_token = (head == 0) & (split == 0) & (row % GROUP == 0) & inside
+            tl.store(arrived + batch * TOKENS + token, tl.zeros([ROWS], tl.int32), first_of_token)
         part = made * SPLITS + split
         tl.store(peaks + part, peak, inside)
         tl.store(totals + part, total, inside)
@@ -207,37 +260,3 @@ def decode_kernel(
             summed,
             inside[:, None] & (v_columns < V_DIM)[None, :],
         )
-
-
-@triton.jit
-def combine_kernel(
-    like,
-    sums,
-    peaks,
-    totals,
-    out,
-    SPLITS: tl.constexpr,
-    SPLITS_BLOCK: tl.constexpr,
-    V_DIM: tl.constexpr,
-    V_BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One row of the result a program: its parts, each weighed by the exponential of its peak. `like` is not read."""
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, SPLITS_BLOCK)
-    columns = tl.arange(0, V_BLOCK)
-    part = row * SPLITS + split
-    pdl_wait(PDL)
-    total = tl.load(totals + part, split < SPLITS, other=0.0)
-    peak = tl.load(peaks + part, split < SPLITS, other=float("-inf"))
-    # Those of parts that have seen nothing, too: to wait for their totals would cost more than to read their zeros.
-    summed = tl.load(
-        sums + part[:, None] * V_DIM + columns[None, :],
-        (split < SPLITS)[:, None] & (columns < V_DIM)[None, :],
-        other=0.0,
-    )
-    pdl_launch(PDL)
-    weight = _power(peak, tl.max(peak, 0))
-    whole = tl.sum(weight * total, 0)
-    result = tl.sum(summed * weight[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
-    tl.store(out + row * V_DIM + columns, result.to(out.dtype.element_ty), columns < V_DIM)

@@ -1,6 +1,7 @@
 """Plans of the decode kernels: what they accept, and how the positions are split."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,13 @@ from ...arch import Arch
 from ...launch import Empty, Launch
 from ...tuning.names import no_power_of_two
 from ...tuning.store import choose
+from ..quant.epilogue import WIDEST as WIDEST_ROW
+from ..quant.epilogue import code_outputs, refuse_codes, refuse_scheme, scheme_constants
+from ..quant.scheme import Scheme
 from ..rows import known, static
+from .combine_kernel import combine_kernel
 from .decode import WIDEST
-from .decode_kernel import combine_kernel, decode_kernel
+from .decode_kernel import decode_kernel
 
 ROWS = 32
 """Rows, tokens times query heads, that share a KV head: more are for kernels that are bound by their products."""
@@ -39,14 +44,14 @@ class Cut:
     warps: int
 
 
-def configure(arch: Arch, kv_heads: int | None, positions: int | None, width: int) -> Cut:
+def configure(arch: Arch, kv_heads: int | None, positions: int | None, width: int, itemsize: int = 2) -> Cut:
     """The cut for `kv_heads` KV heads in the whole batch and `positions` (None: any number) of `width` columns.
 
     A block's keys and values are loaded at once, 8 KiB of each: four such programs keep a multiprocessor's share of the
     memory busy. So there are as many splits as make four programs for each, and of those that leave the longest split
     as long the fewest, since each is another part to combine.
     """
-    block = max(16, min(128, 4096 // triton.next_power_of_2(width)))
+    block = max(16, min(128, 8192 // itemsize // triton.next_power_of_2(width)))
     most = ANY_BATCH if kv_heads is None else max(1, 4 * arch.multiprocessors // max(1, kv_heads))
     if positions is None:
         return Cut(block, min(most, ANY_POSITIONS), 4)
@@ -67,11 +72,16 @@ def refuse_cut(cut: Cut) -> str | None:
     return no_power_of_two(cut, "block", "warps")
 
 
-def _refuse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> str | None:
+def _refuse(
+    arch: Arch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, others: Mapping[str, torch.Tensor | None]
+) -> str | None:
     """Why the kernels cannot read these."""
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"q is {q.dtype}: the products are of 16-bit numbers"
-    for name, t in {"k": k, "v": v, "mask": mask}.items():
+    for name, t in {"k": k, "v": v}.items():
+        if t.dtype != q.dtype and (reason := refuse_codes(arch, t.dtype)):
+            return f"{name}: {reason}"
+    for name, t in {"k": k, "v": v, **others}.items():
         if t is not None and t.device != q.device:
             return f"{name} is on {t.device}, q on {q.device}"
     for name, t in {"q": q, "k": k, "v": v}.items():
@@ -107,7 +117,69 @@ def _mask_strides(mask: torch.Tensor | None, shape: tuple[Any, ...]) -> tuple[An
     return tuple(strides)
 
 
-def plan_attention(
+def plan_attention(arch: Arch, joined: bool = False, **arguments: Any) -> Launch | str:
+    """The launches that run `attention` where few tokens ask, or why there are none."""
+    return _plan(arch, **arguments, joined=joined)
+
+
+def plan_attention_quantize(
+    arch: Arch,
+    softmax_scale: float | None,
+    scale: torch.Tensor | None,
+    scheme: str,
+    attended_out: bool,
+    scale_2: torch.Tensor | None,
+    scale_3: torch.Tensor | None,
+    scale_4: torch.Tensor | None,
+    scale_5: torch.Tensor | None,
+    **arguments: Any,
+) -> Launch | str:
+    """The launches that run `attention_quantize` where few tokens ask, or why there are none."""
+    if any(more is not None for more in (scale_2, scale_3, scale_4, scale_5)):
+        return "there are several scales: only linears that are calibrated apart would have them"
+    codes = Codes(Scheme.parse(scheme), scale, attended_out)
+    if reason := _refuse_codes(arch, codes, scheme, arguments["q"], arguments["v"]):
+        return reason
+    return _plan(arch, **arguments, scale=softmax_scale, joined=True, codes=codes)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """How the result is quantised.
+
+    Args:
+        kind: the scheme.
+        scale: what it takes, or None.
+        out: whether the result itself is returned, too.
+    """
+
+    kind: Scheme
+    scale: torch.Tensor | None
+    out: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether all heads of a token have one scale, which is computed."""
+        return not self.kind.static and self.kind.group is None
+
+
+def _refuse_codes(arch: Arch, codes: Codes, scheme: str, q: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why the kernels cannot quantise their result so."""
+    kind = codes.kind
+    if reason := refuse_scheme(arch, codes.scale, scheme, q.device):
+        return reason
+    if kind.layout != "linear":
+        return f"scales that are {kind.layout} lie across tokens, of which a program has one"
+    width: Any = v.shape[3]
+    if kind.group is not None and (not isinstance(width, int) or width % kind.group):
+        return f"groups of {kind.group} columns are no part of a head of {width}"
+    heads = static(q.shape[1])
+    if codes.whole and (heads is None or not isinstance(width, int) or heads * width > WIDEST_ROW):
+        return f"{heads} heads of {width} columns have one scale (at most {WIDEST_ROW} columns)"
+    return None
+
+
+def _plan(
     arch: Arch,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -116,9 +188,12 @@ def plan_attention(
     causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    joined: bool = False,
+    codes: Codes | None = None,
 ) -> Launch | str:
-    """The launches that run `attention` where few tokens ask, or why there are none."""
-    if reason := _refuse(q, k, v, mask):
+    if reason := _refuse(arch, q, k, v, {"mask": mask, "k_scale": k_scale, "v_scale": v_scale}):
         return reason
     batch, heads, tokens, width = q.shape
     kv_heads, positions, v_width = k.shape[1], k.shape[2], v.shape[3]
@@ -128,22 +203,45 @@ def plan_attention(
     group = heads // kv_heads
     rows = max(16, triton.next_power_of_2(group * tokens))
     one_mask = (group == 1 or known(mask_strides[1] == 0)) and (tokens == 1 or known(mask_strides[2] == 0))
-    rule = configure(arch, static(batch * kv_heads), static(positions), max(width, v_width))
+    itemsize = min(k.element_size(), v.element_size())
+    rule = configure(arch, static(batch * kv_heads), static(positions), max(width, v_width), itemsize)
     key = table_key(kv_heads, group * tokens, max(width, v_width), static(positions))
     measured = static(batch) if static(positions) is not None else None
-    cut = choose(rule, "attention", key, arch, measured, near="positions", reach=2, refuse=refuse_cut)
+    name = "attention" if itemsize == 2 else "attention_fp8"
+    cut = choose(rule, name, key, arch, measured, near="positions", reach=2, refuse=refuse_cut)
     if isinstance(cut, str):
         return cut
-    shape = (batch, heads, tokens, v_width)
-    out = Empty(shape, q.dtype, (tokens * heads * v_width, v_width, heads * v_width, 1))
-    each = (batch, tokens, heads, cut.splits)
     split = cut.splits > 1
+    whole = codes is not None and codes.whole
+    if whole and not split:
+        return "its positions are not split: a program has some of the heads that have one scale"
+    shape = (batch, tokens, heads * v_width) if joined else (batch, heads, tokens, v_width)
+    out = Empty(shape, q.dtype, None if joined else (tokens * heads * v_width, v_width, heads * v_width, 1))
+    made = code_outputs(codes.kind if codes else None, (batch, tokens, heads * v_width))
+    results = {
+        "out": out if codes is None or codes.out or whole else None,
+        "codes": made["q"],
+        "code_scales": made["scales"],
+    }
+    wanted = {"codes": True, "code_scales": made["scales"] is not None, "out": codes.out} if codes else {"out": True}
+    returned = tuple(name for name, there in wanted.items() if there)
+    each = (batch, tokens, heads, cut.splits)
     parts = {
         "sums": Empty((*each, v_width), torch.float32) if split else None,
         "peaks": Empty(each, torch.float32) if split else None,
         "totals": Empty(each, torch.float32) if split else None,
+        "arrived": Empty((batch, tokens), torch.int32) if whole else None,
     }
-    columns = {"V_DIM": v_width, "V_BLOCK": max(16, triton.next_power_of_2(v_width))}
+    constants = scheme_constants(codes.kind if codes else None, q.dtype)
+    columns = {
+        "result_rows": batch * tokens * heads,
+        "V_DIM": v_width,
+        "V_BLOCK": max(16, triton.next_power_of_2(v_width)),
+        "GROUP_COLUMNS": constants.pop("GROUP"),
+        **constants,
+        "PDL": arch.has_pdl,
+    }
+    given = codes.scale if codes else None
     decode = Launch(
         decode_kernel,
         (batch * kv_heads, cut.splits),
@@ -152,7 +250,10 @@ def plan_attention(
             "k": k,
             "v": v,
             "mask": mask,
-            "out": None if split else out,
+            "k_scale": k_scale,
+            "v_scale": v_scale,
+            "code_scale": None if split else given,
+            **(dict.fromkeys(results) if split else results),
             **parts,
             "kv_heads": kv_heads,
             "positions": positions,
@@ -174,9 +275,8 @@ def plan_attention(
             "SPLITS": cut.splits,
             "SCAN": SCAN,
             "SCANS": SCANS,
-            "PDL": arch.has_pdl,
         },
-        returns=() if split else ("out",),
+        returns=() if split else returned,
         num_warps=cut.warps,
         pdl=arch.has_pdl,
     )
@@ -188,13 +288,14 @@ def plan_attention(
         {
             "like": q,
             **parts,
-            "out": out,
+            "code_scale": given,
+            **results,
             "SPLITS": cut.splits,
             "SPLITS_BLOCK": triton.next_power_of_2(cut.splits),
             **columns,
-            "PDL": arch.has_pdl,
+            "HEADS": heads if whole else 0,
         },
-        returns=("out",),
+        returns=returned,
         num_warps=cut.warps,
         pdl=arch.has_pdl,
         before=(decode,),

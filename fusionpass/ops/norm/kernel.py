@@ -11,30 +11,11 @@ from ..rounding import rounded, widened
 
 
 @triton.jit
-def added_pairs(a, b, c, d):
-    """Two sums at once."""
-    return a + c, b + d
-
-
-@triton.jit
-def normalised(h, near, eps, inside, WIDTH: tl.constexpr, CENTRE: tl.constexpr):
-    """float32 rows `h` (zero outside) over their root mean square; with CENTRE deviations over the standard deviation.
-
-    `near`, a number of each row or close to one, makes one sum of both of CENTRE's; None where none is known.
-    """
-    if CENTRE and near is not None:
-        # Squares of distances from `near` serve where it is within two deviations of the mean, as most numbers are.
-        h = tl.where(inside, h - near, 0.0)
-        first, second = tl.reduce((h, h * h), 1, added_pairs, keep_dims=True)
-        mean = first / WIDTH
-        variance = second / WIDTH - mean * mean
-        h = tl.where(inside, h - mean, 0.0)
-        if tl.max((mean * mean > 4.0 * variance).to(tl.int32)) > 0:
-            variance = tl.sum(h * h, 1, keep_dims=True) / WIDTH
-    else:
-        if CENTRE:
-            h = tl.where(inside, h - tl.sum(h, 1, keep_dims=True) / WIDTH, 0.0)
-        variance = tl.sum(h * h, 1, keep_dims=True) / WIDTH
+def normalised(h, eps, inside, WIDTH: tl.constexpr, CENTRE: tl.constexpr):
+    """float32 rows `h` (zero outside) over their root mean square; with CENTRE their deviations over the standard one."""
+    if CENTRE:
+        h = tl.where(inside, h - tl.sum(h, 1, keep_dims=True) / WIDTH, 0.0)
+    variance = tl.sum(h * h, 1, keep_dims=True) / WIDTH
     return h * tl.rsqrt(variance + eps)
 
 
@@ -178,15 +159,6 @@ def norm_kernel(
     pdl_wait(PDL)
     # A sum is one 16-bit instruction for two, which the compiler finds by itself.
     h = widened(tl.load(x + row * x_row + columns, mask, other=0.0), PAIRS and residual is None)
-    near = None
-    if NORM == "layer" and inner is None and x.dtype.element_ty != tl.float32:
-        near = tl.load(x + row * x_row, row < rows, other=0.0).to(tl.float32)
-        if alpha is not None:
-            near = near * alpha
-        if residual is not None:
-            near += tl.load(residual + row * residual_row, row < rows, other=0.0).to(tl.float32)
-        if second is not None:
-            near += tl.load(second + row * second_row, row < rows, other=0.0).to(tl.float32)
     if residual is not None:
         r = tl.load(residual + row * residual_row + columns, mask, other=0.0).to(tl.float32)
     if second is not None:
@@ -208,9 +180,7 @@ def norm_kernel(
         shift = tl.load(mod_shift + group * shift_row + columns, mask, other=0.0)
     pdl_launch(PDL)
     if inner is not None:
-        h = weighted(
-            normalised(h, None, eps, inside, WIDTH, False), v, None, offset, x, inner, False, AFTER, False, PAIRS
-        )
+        h = weighted(normalised(h, eps, inside, WIDTH, False), v, None, offset, x, inner, False, AFTER, False, PAIRS)
     if alpha is not None:
         # Chosen by what the compiler does not know, or float32 would be scaled and added at once.
         h = tl.where(unit > 0.0, h * alpha, 0.0).to(x.dtype.element_ty).to(tl.float32)
@@ -223,7 +193,7 @@ def norm_kernel(
         h = widened(added, PAIRS)
     y = h
     if NORM != "":
-        y = normalised(h, near, eps, inside, WIDTH, NORM == "layer")
+        y = normalised(h, eps, inside, WIDTH, NORM == "layer")
         if late:
             if weight is not None:
                 w = tl.load(weight + columns, inside, other=0.0, eviction_policy="evict_last")

@@ -299,6 +299,15 @@ def fewest_columns(kind: Scheme | None) -> int:
     return kind.group * 4 if kind.layout == "swizzled" else kind.group
 
 
+def refuse_codes(arch: Arch, dtype: torch.dtype) -> str | None:
+    """Why Triton does not convert between float32 and `dtype` on `arch`, or None."""
+    if dtype == torch.float8_e4m3fn and not arch.has_fp8_e4m3fn:
+        return f"Triton cannot convert to float8_e4m3fn on {arch.name}"
+    if dtype == torch.float8_e4m3fnuz and arch.name != "gfx942":
+        return f"{arch.name} does not convert to float8_e4m3fnuz"
+    return None
+
+
 def refuse_scheme(arch: Arch, scale: torch.Tensor | None, scheme: str, x: torch.Tensor | torch.device) -> str | None:
     """Why `store_codes` cannot quantise so on `arch`, or None.
 
@@ -313,11 +322,9 @@ def refuse_scheme(arch: Arch, scale: torch.Tensor | None, scheme: str, x: torch.
         return "there is no kernel for scales of 128 x 128 blocks"
     if kind.layout in ("trtllm", "deepgemm"):
         return f"the layout {kind.layout!r} is for weights, which no kernel quantises"
-    converts = (kind.dtype, kind.stored_scale_dtype)
-    if torch.float8_e4m3fn in converts and not arch.has_fp8_e4m3fn:
-        return f"Triton cannot convert to float8_e4m3fn on {arch.name}"
-    if torch.float8_e4m3fnuz in converts and arch.name != "gfx942":
-        return f"{arch.name} does not convert to float8_e4m3fnuz"
+    for dtype in (kind.dtype, kind.stored_scale_dtype):
+        if reason := refuse_codes(arch, dtype):
+            return reason
     device = x.device if isinstance(x, torch.Tensor) else x
     if kind.takes_scale:
         if scale is None or scale.numel() != 1:

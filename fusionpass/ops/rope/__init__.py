@@ -15,6 +15,8 @@ from ..rows import triton_backend
 HALF, INTERLEAVED, DEINTERLEAVED = "half", "interleaved", "deinterleaved"
 STYLES = (HALF, INTERLEAVED, DEINTERLEAVED)
 EACH, LAST = "each_step", "last"
+EACH_HEAD = -1
+"""In the place of the heads' dimension: each is normalised by itself."""
 
 ROTATED = EXACT
 """Every step is rounded as the reference has it."""
@@ -130,18 +132,27 @@ _NORM = (
     parameter("weight_offset", float, 0.0),
     parameter("norm_rounding", str, BEFORE),
     parameter("norm_first", bool, True),
+    parameter("heads_dim", int, EACH_HEAD),
 )
 
 
 def _norm_rope(arguments: Mapping[str, Any]) -> torch.Tensor:
-    x, cos, sin, weight, eps, offset, norm_rounding, first, *turn = arguments.values()
-    norm = (weight, eps, offset, norm_rounding)
+    x, cos, sin, weight, eps, offset, norm_rounding, first, heads_dim, *turn = arguments.values()
+    norm = (weight, eps, offset, norm_rounding, heads_dim)
     made: torch.Tensor = (
-        rope.reference(rms_norm.reference(x, *norm), cos, sin, *turn)
+        rope.reference(_normed(x, *norm), cos, sin, *turn)
         if first
-        else rms_norm.reference(rope.reference(x, cos, sin, *turn), *norm)
+        else _normed(rope.reference(x, cos, sin, *turn), *norm)
     )
     return made
+
+
+def _normed(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float, rounding: str, heads_dim: int
+) -> torch.Tensor:
+    if heads_dim == EACH_HEAD:
+        return rms_norm.reference(x, weight, eps, offset, rounding)  # type: ignore[no-any-return]
+    return norm_heads.reference(x, heads_dim, weight, eps, offset, rounding)  # type: ignore[no-any-return]
 
 
 def _sample_norm(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
@@ -149,6 +160,51 @@ def _sample_norm(tokens: int, width: int, dtype: torch.dtype, device: str, gener
     return {**_sample(tokens, width, dtype, device, generator), "weight": weight, "eps": 1e-6}
 
 
+def _sample_heads(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
+    dim = head_dim(width)
+    weight = torch.rand(width // dim * dim, generator=generator, device=device).add(0.5).to(dtype)
+    return {"x": heads(width // dim, tokens, dim, dtype, device, generator), "heads_dim": 1, "weight": weight}
+
+
+@op(outputs=("norm",), sample=_sample_heads, tolerance={"norm": NORM})
+def norm_heads(
+    x: torch.Tensor,
+    heads_dim: int,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    rounding: str = BEFORE,
+) -> torch.Tensor:
+    """`rms_norm` of all heads of a token together, given by the head.
+
+    Args:
+        x: [..., heads, tokens, head_dim] or [..., tokens, heads, head_dim], floating point.
+        heads_dim: which dimension, from the first, the heads are.
+        weight: [heads * head_dim], or None.
+        eps, weight_offset, rounding: as `rms_norm`.
+
+    Returns:
+        The shape of `x`, with a token's heads in one row of memory.
+
+    Raises:
+        ArgumentError: the heads are neither the last dimension but one nor that before it; or as `rms_norm`.
+    """
+    return _by_rows(rms_norm.reference, x, heads_dim, weight, eps, weight_offset, rounding)
+
+
+def _by_rows(norm: Any, x: torch.Tensor, heads_dim: int, *rest: Any) -> torch.Tensor:
+    if heads_dim not in (x.dim() - 3, x.dim() - 2) or heads_dim < 0:
+        raise ArgumentError(f"heads_dim={heads_dim} for x of {tuple(x.shape)}", "norm_heads", "Pass that of the heads")
+    rows = x.movedim(heads_dim, -2)
+    made: torch.Tensor = norm(rows.flatten(-2), *rest)
+    return made.unflatten(-1, rows.shape[-2:]).movedim(-2, heads_dim)
+
+
+def _norm_of_rows(**arguments: Any) -> torch.Tensor:
+    return _by_rows(rms_norm.overload, *(arguments[name] for name in ("x", "heads_dim")), *list(arguments.values())[2:])
+
+
+norm_heads.parts = _norm_of_rows
 norm_rope = derived(
     "norm_rope",
     [
@@ -168,6 +224,8 @@ norm_rope = derived(
         weight: [head_dim], or None.
         eps, weight_offset: as `rms_norm`; `norm_rounding` is its `rounding`.
         norm_first: False: the norm comes behind the rotation, as HunYuan has it.
+        heads_dim: -1, or the dimension of the heads, all of which are normalised together, as OLMo2 has it; then
+            `weight` is [heads * head_dim].
 
     Returns:
         As `rope`.

@@ -1,10 +1,11 @@
-"""One Triton kernel for queries, keys and values by the head: norm, rotation, and the write to a cache."""
+"""One Triton kernel for queries, keys and values by the head: norm, rotation, codes, and the write to a cache."""
 # mypy: disable-error-code="no-untyped-def, union-attr"
 
 import triton
 import triton.language as tl
 
 from ..pdl import pdl_launch, pdl_wait
+from ..quant.epilogue import encode
 
 
 @triton.jit
@@ -21,15 +22,19 @@ def _scaled(y, w, offset, kind: tl.constexpr, AFTER: tl.constexpr):
 
 
 @triton.jit
-def _normed(a, b, c, wa, wb, wc, eps, offset, kind: tl.constexpr, DIM: tl.constexpr, AFTER: tl.constexpr):
-    """RMSNorm of rows that come in three parts; the parts of what is not there are zero.
+def _normed(a, b, c, wa, wb, wc, eps, offset, columns, kind: tl.constexpr, AFTER: tl.constexpr, WHOLE: tl.constexpr):
+    """RMSNorm of rows of `columns` that come in three parts; the parts of what is not there are zero.
+
+    WHOLE: all rows are one.
 
     Without `c` the last result is `a`: Triton 3.6 returns no None among tensors.
     """
     square = tl.sum(a * a + b * b, 1, keep_dims=True)
     if c is not None:
         square += tl.sum(c * c, 1, keep_dims=True)
-    r = tl.rsqrt(square / DIM + eps)
+    if WHOLE:
+        square = tl.sum(square, 0, keep_dims=True)
+    r = tl.rsqrt(square / columns + eps)
     a = _scaled(a * r, wa, offset, kind, AFTER)
     b = _scaled(b * r, wb, offset, kind, AFTER)
     if c is not None:
@@ -52,6 +57,14 @@ def _turned(a, b, cos_a, sin_a, cos_b, sin_b, kind: tl.constexpr, LAST: tl.const
 
 
 @triton.jit
+def _stored(y, step, to, LIMIT: tl.constexpr, DIVIDE: tl.constexpr):
+    """float32 `y` as what `to` points to: codes of the scale `step`, or numbers if it is None."""
+    if step is not None:
+        y = encode(y, step, to, LIMIT, DIVIDE, False)
+    return y.to(to.dtype.element_ty)
+
+
+@triton.jit
 def _one_kind(
     x,
     out,
@@ -59,6 +72,8 @@ def _one_kind(
     weight,
     cos,
     sin,
+    out_scale,
+    cache_scale,
     outside,
     head,
     inside,
@@ -81,6 +96,7 @@ def _one_kind(
     sin_token,
     eps,
     offset,
+    normed,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -91,12 +107,16 @@ def _one_kind(
     NORM: tl.constexpr,
     AFTER: tl.constexpr,
     LAST: tl.constexpr,
+    WHOLE: tl.constexpr,
+    LIMIT: tl.constexpr,
+    DIVIDE: tl.constexpr,
     TURN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Heads of the queries, of the keys or of the values: `place` is a token's row in `x` and `out`, `at` in `cache`.
 
-    `outside` is a pointer of the dtype that each step is rounded to, `cached` where there is a row in the cache.
+    `outside` is a pointer of the dtype that each step is rounded to, `cached` where there is a row in the cache. WHOLE:
+    the tile is all heads of one token, which are normalised together, `normed` columns.
     """
     kind: tl.constexpr = x.dtype.element_ty
     step: tl.constexpr = outside.dtype.element_ty
@@ -122,7 +142,7 @@ def _one_kind(
     wc = None
     if weight is not None:
         # As wide as the rows: a row of weights would have another layout, and be exchanged through shared memory.
-        none = head * 0
+        none = head * (DIM if WHOLE else 0)
         if NORM == "before":
             wa = tl.load(weight + none + first, mask, other=0.0, eviction_policy="evict_last")
             wb = tl.load(weight + none + second, mask, other=0.0, eviction_policy="evict_last")
@@ -140,30 +160,34 @@ def _one_kind(
         sin_a = tl.load(of_sin + one, mask, other=0.0).to(tl.float32)
         cos_b = tl.load(of_cos + other, mask, other=0.0).to(tl.float32)
         sin_b = tl.load(of_sin + other, mask, other=0.0).to(tl.float32)
+    out_step = None
+    cache_step = None
+    if out_scale is not None:
+        out_step = tl.load(out_scale).to(tl.float32)
+    if cache_scale is not None:
+        cache_step = tl.load(cache_scale).to(tl.float32)
     pdl_launch(PDL)
     if NORM == "before":
-        a, b, c = _normed(a, b, c, wa, wb, wc, eps, offset, kind, DIM, AFTER)
+        a, b, c = _normed(a, b, c, wa, wb, wc, eps, offset, normed, kind, AFTER, WHOLE)
     if TURN:
         a, b = _turned(a, b, cos_a, sin_a, cos_b, sin_b, step, LAST)
         if LAST:
             a = a.to(kind).to(tl.float32)
             b = b.to(kind).to(tl.float32)
     if NORM == "after":
-        a, b, c = _normed(a, b, c, wa, wb, wc, eps, offset, kind, DIM, AFTER)
+        a, b, c = _normed(a, b, c, wa, wb, wc, eps, offset, normed, kind, AFTER, WHOLE)
     if out is not None:
-        made: tl.constexpr = out.dtype.element_ty
         to = out + group * out_group + head * out_head + place * out_token
-        tl.store(to + first_out, a.to(made), mask)
-        tl.store(to + second_out, b.to(made), mask)
+        tl.store(to + first_out, _stored(a, out_step, out, LIMIT, DIVIDE), mask)
+        tl.store(to + second_out, _stored(b, out_step, out, LIMIT, DIVIDE), mask)
         if REST > 0:
-            tl.store(to + rest, c.to(made), rest_mask)
+            tl.store(to + rest, _stored(c, out_step, out, LIMIT, DIVIDE), rest_mask)
     if cache is not None:
-        held: tl.constexpr = cache.dtype.element_ty
         row = cache + group * cache_group + head * cache_head + at * cache_token
-        tl.store(row + first_out, a.to(held), mask & cached)
-        tl.store(row + second_out, b.to(held), mask & cached)
+        tl.store(row + first_out, _stored(a, cache_step, cache, LIMIT, DIVIDE), mask & cached)
+        tl.store(row + second_out, _stored(b, cache_step, cache, LIMIT, DIVIDE), mask & cached)
         if REST > 0:
-            tl.store(row + rest, c.to(held), rest_mask & cached)
+            tl.store(row + rest, _stored(c, cache_step, cache, LIMIT, DIVIDE), rest_mask & cached)
 
 
 @triton.jit
@@ -175,6 +199,9 @@ def heads_kernel(
     sin,
     q_weight,
     k_weight,
+    q_scale,
+    k_scale,
+    v_scale,
     positions,
     q_out,
     k_out,
@@ -224,7 +251,10 @@ def heads_kernel(
     NORM: tl.constexpr,
     AFTER: tl.constexpr,
     LAST: tl.constexpr,
+    LIMIT: tl.constexpr,
+    DIVIDE: tl.constexpr,
     WIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     PDL: tl.constexpr,
@@ -242,6 +272,11 @@ def heads_kernel(
     q_blocks = (q_heads + HEADS - 1) // HEADS
     k_blocks = (k_heads + HEADS - 1) // HEADS
     outside = cos if WIDE else q
+    q_normed = DIM
+    k_normed = DIM
+    if WHOLE:
+        q_normed = q_heads * DIM
+        k_normed = k_heads * DIM
     pdl_wait(PDL)
     at = place
     cached = token < tokens
@@ -253,10 +288,10 @@ def heads_kernel(
         head = block * HEADS + number % HEADS
         inside = (token < tokens) & (head < q_heads)
         _one_kind(
-            q, q_out, None, q_weight, cos, sin, outside, head, inside, group, place, at, cached,
+            q, q_out, None, q_weight, cos, sin, q_scale, None, outside, head, inside, group, place, at, cached,
             q_group, q_head, q_token, q_out_group, q_out_head, q_out_token, 0, 0, 0,
-            cos_group, cos_token, sin_group, sin_token, q_eps, offset,
-            DIM, HALF, BLOCK, REST, READ_PAIRS, WRITE_PAIRS, PAIRED, NORM, AFTER, LAST,
+            cos_group, cos_token, sin_group, sin_token, q_eps, offset, q_normed,
+            DIM, HALF, BLOCK, REST, READ_PAIRS, WRITE_PAIRS, PAIRED, NORM, AFTER, LAST, WHOLE, LIMIT, DIVIDE,
             cos is not None, PDL,
         )  # fmt: skip
     elif block < q_blocks + k_blocks:
@@ -264,11 +299,11 @@ def heads_kernel(
             head = (block - q_blocks) * HEADS + number % HEADS
             inside = (token < tokens) & (head < k_heads)
             _one_kind(
-                k, k_out, k_cache, k_weight, cos, sin, outside, head, inside, group, place, at, cached,
+                k, k_out, k_cache, k_weight, cos, sin, None, k_scale, outside, head, inside, group, place, at, cached,
                 k_group, k_head, k_token, k_out_group, k_out_head, k_out_token,
                 k_cache_group, k_cache_head, k_cache_token,
-                cos_group, cos_token, sin_group, sin_token, k_eps, offset,
-                DIM, HALF, BLOCK, REST, READ_PAIRS, WRITE_PAIRS, PAIRED, NORM, AFTER, LAST,
+                cos_group, cos_token, sin_group, sin_token, k_eps, offset, k_normed,
+                DIM, HALF, BLOCK, REST, READ_PAIRS, WRITE_PAIRS, PAIRED, NORM, AFTER, LAST, WHOLE, LIMIT, DIVIDE,
             cos is not None, PDL,
             )  # fmt: skip
     else:
@@ -276,8 +311,9 @@ def heads_kernel(
             head = (block - q_blocks - k_blocks) * HEADS + number % HEADS
             inside = (token < tokens) & (head < k_heads)
             _one_kind(
-                v, None, v_cache, None, cos, sin, outside, head, inside, group, place, at, cached,
+                v, None, v_cache, None, cos, sin, None, v_scale, outside, head, inside, group, place, at, cached,
                 v_group, v_head, v_token, 0, 0, 0, v_cache_group, v_cache_head, v_cache_token,
-                cos_group, cos_token, sin_group, sin_token, k_eps, offset,
-                DIM, HALF, BLOCK, REST, False, False, PAIRED, "", AFTER, LAST, False, PDL,
+                cos_group, cos_token, sin_group, sin_token, k_eps, offset, k_normed,
+                DIM, HALF, BLOCK, REST, False, False, PAIRED, "", AFTER, LAST, False, LIMIT, DIVIDE, False,
+                PDL,
             )  # fmt: skip

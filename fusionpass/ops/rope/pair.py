@@ -9,10 +9,13 @@ from ...errors import ArgumentError
 from ...op import EXACT, Op, op
 from ..derive import derived, parameter
 from ..norm import BEFORE, NORM, rms_norm
+from ..quant import quantize
+from ..quant.scheme import Scheme
 from ..rows import triton_backend
-from . import _STYLE, _TENSOR, _TURN, NORMED, ROTATED, head_dim, heads, norm_rope, rope, table
+from . import _STYLE, _TENSOR, _TURN, EACH_HEAD, NORMED, ROTATED, head_dim, heads, norm_rope, rope, table
 
 _OPTIONAL = torch.Tensor | None
+STATIC = "fp8_static"
 _QK = [parameter("q", _TENSOR), parameter("k", _TENSOR)]
 _WEIGHTS = [
     parameter("q_weight", _OPTIONAL, None),
@@ -22,7 +25,8 @@ _WEIGHTS = [
     parameter("weight_offset", float, 0.0),
     parameter("norm_rounding", str, BEFORE),
 ]
-_FIRST = parameter("norm_first", bool, True)
+_FIRST = [parameter("norm_first", bool, True), parameter("heads_dim", int, EACH_HEAD)]
+_CODES = [parameter("q_scale", _OPTIONAL, None), parameter("code_scheme", str, STATIC)]
 _OF_QK = """
         q: [batch, heads, tokens, head_dim], or any other order that `rope` takes.
         k: as `q`, with heads of its own number."""
@@ -30,6 +34,9 @@ _OF_NORM = """
         q_weight, k_weight: [head_dim], or None: the weight of the norm of each head.
         q_eps, k_eps: added to the mean squares.
         weight_offset, norm_rounding: as `rms_norm`."""
+_OF_CODES = """
+        q_scale: one float, or None: queries are returned as codes of this scale.
+        code_scheme: the static scheme of the codes, as `quantize` has it, where there are any."""
 
 
 def _key_heads(width: int) -> int:
@@ -67,9 +74,36 @@ def _each(base: Op, arguments: Mapping[str, Any]) -> list[torch.Tensor]:
     return results
 
 
+def _queries_coded(results: list[torch.Tensor], arguments: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The results, the first of which is quantised where there is a scale for it."""
+    scale, scheme = arguments["q_scale"], arguments["code_scheme"]
+    return results if scale is None else [coded(results[0], scale, scheme), *results[1:]]
+
+
+def coded(x: torch.Tensor, scale: torch.Tensor, scheme: str) -> torch.Tensor:
+    """Codes of `x` with a scale that is given.
+
+    Raises:
+        ArgumentError: the scheme computes its scale.
+    """
+    if not Scheme.parse(scheme).static:
+        raise ArgumentError(f"{scheme!r} computes its scale", "code_scheme", f"Pass {STATIC!r}, or an override of it")
+    return quantize.reference(x, scale, scheme)[0]  # type: ignore[no-any-return]
+
+
 _COMMON = {
     rope: ("cos", "sin", "style", "paired", "rounding"),
-    norm_rope: ("cos", "sin", "style", "paired", "rounding", "weight_offset", "norm_rounding", "norm_first"),
+    norm_rope: (
+        "cos",
+        "sin",
+        "style",
+        "paired",
+        "rounding",
+        "weight_offset",
+        "norm_rounding",
+        "norm_first",
+        "heads_dim",
+    ),
     rms_norm: ("weight_offset", "norm_rounding"),
 }
 
@@ -77,8 +111,8 @@ _COMMON = {
 def _pair(name: str, base: Op, parameters: list[Any], doc: str) -> Op:
     made = derived(
         name,
-        parameters,
-        lambda arguments: _each(base, arguments),
+        [*parameters, *_CODES],
+        lambda arguments: _queries_coded(_each(base, arguments), arguments),
         doc,
         list[torch.Tensor],
         outputs=("q_rotated", "k_rotated"),
@@ -96,7 +130,7 @@ qk_rope = _pair(
     f"""`rope` of queries and of keys.
 
     Args:{_OF_QK}
-        cos, sin, style, paired, rounding: as `rope`.
+        cos, sin, style, paired, rounding: as `rope`.{_OF_CODES}
 
     Returns:
         [q, k], rotated.
@@ -111,7 +145,7 @@ qk_norm = _pair(
     [*_QK, *_WEIGHTS],
     f"""`rms_norm` of each head of queries and of keys.
 
-    Args:{_OF_QK}{_OF_NORM}
+    Args:{_OF_QK}{_OF_NORM}{_OF_CODES}
 
     Returns:
         [q, k], normalised.
@@ -125,12 +159,13 @@ qk_norm = _pair(
 qk_norm_rope = _pair(
     "qk_norm_rope",
     norm_rope,
-    [*_QK, *_TURN, *_WEIGHTS, _FIRST, *_STYLE],
+    [*_QK, *_TURN, *_WEIGHTS, *_FIRST, *_STYLE],
     f"""`rope(rms_norm(...))` of queries and of keys, each head by itself.
 
     Args:{_OF_QK}
         cos, sin, style, paired, rounding: as `rope`.{_OF_NORM}
         norm_first: False: the norm comes behind the rotation.
+        heads_dim: as `norm_rope`; not -1: the weights are [heads * head_dim].{_OF_CODES}
 
     Returns:
         [q, k], normalised and rotated.
@@ -151,7 +186,14 @@ def _sample_cache(tokens: int, width: int, dtype: torch.dtype, device: str, gene
 
 
 @op(outputs=("cache",), sample=_sample_cache, tolerance={"cache": EXACT})
-def cache_write(cache: torch.Tensor, x: torch.Tensor, positions: torch.Tensor, dim: int = 2) -> torch.Tensor:
+def cache_write(
+    cache: torch.Tensor,
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    dim: int = 2,
+    scale: torch.Tensor | None = None,
+    code_scheme: str = STATIC,
+) -> torch.Tensor:
     """A cache with new rows: `cache.index_copy(dim, positions, x)`.
 
     Args:
@@ -159,6 +201,8 @@ def cache_write(cache: torch.Tensor, x: torch.Tensor, positions: torch.Tensor, d
         x: the shape and dtype of `cache`, but for as many rows in `dim` as there are positions.
         positions: [rows], int64; no two the same.
         dim: where the slots are.
+        scale: one float, or None: the cache holds codes of this scale, and `x`, floating point, becomes such.
+        code_scheme: the static scheme of the codes, as `quantize` has it, where there are any.
 
     Returns:
         A tensor like `cache`. Compiled, where nobody reads the old values, it is `cache` itself.
@@ -166,6 +210,8 @@ def cache_write(cache: torch.Tensor, x: torch.Tensor, positions: torch.Tensor, d
     Raises:
         ArgumentError: the shapes or dtypes do not fit.
     """
+    if scale is not None:
+        x = coded(x, scale, code_scheme)
     slots = list(cache.shape)
     if x.dim() != cache.dim() or not 0 <= dim < x.dim() or x.dtype != cache.dtype:
         raise ArgumentError(f"x is {tuple(x.shape)} {x.dtype}", "cache_write", f"The cache is {slots} {cache.dtype}")
@@ -188,17 +234,24 @@ def _cached(base: Op) -> Op:
         parameter("v", _OPTIONAL, None),
         parameter("v_cache", _OPTIONAL, None),
         parameter("dim", int, 2),
+        parameter("k_scale", _OPTIONAL, None),
+        parameter("v_scale", _OPTIONAL, None),
         parameter("k_out", bool, False),
     ]
 
     def body(arguments: Mapping[str, Any]) -> list[torch.Tensor]:
         q, k = base.reference(**{p.name: arguments[p.name] for p in own})
-        positions, dim = arguments["positions"], arguments["dim"]
-        results = [q, cache_write.reference(arguments["k_cache"], k, positions, dim)]
+
+        def written(name: str, x: torch.Tensor) -> torch.Tensor:
+            given = (arguments[name] for name in (f"{name}_scale", "code_scheme"))
+            cache: torch.Tensor = arguments[f"{name}_cache"]
+            return cache_write.reference(cache, x, arguments["positions"], arguments["dim"], *given)  # type: ignore[no-any-return]
+
+        results = [q, written("k", k)]
         if (arguments["v"] is None) != (arguments["v_cache"] is None):
             raise ArgumentError("only one of v and v_cache is there", f"{base.name}_cache", "Pass both or neither")
         if arguments["v"] is not None:
-            results.append(cache_write.reference(arguments["v_cache"], arguments["v"], positions, dim))
+            results.append(written("v", arguments["v"]))
         return [*results, *([k] if arguments["k_out"] else [])]
 
     def outputs(arguments: Mapping[str, Any]) -> tuple[str, ...]:
@@ -226,6 +279,7 @@ def _cached(base: Op) -> Op:
         k_cache, v_cache: as `cache` of `cache_write`.
         positions, dim: as `cache_write`.
         v: like `k`, or None.
+        k_scale, v_scale: as `scale` of `cache_write`.
         k_out: whether the keys are returned too.
 
     Returns:

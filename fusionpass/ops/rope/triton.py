@@ -12,12 +12,16 @@ from ...launch import Empty, Launch
 from ...tuning.names import no_power_of_two
 from ...tuning.store import choose
 from ..norm import BEFORE
+from ..quant.epilogue import refuse_scheme
+from ..quant.scheme import Scheme
 from ..rows import FLOATS, known, static
-from . import DEINTERLEAVED, EACH, HALF, INTERLEAVED, LAST
+from . import DEINTERLEAVED, EACH, EACH_HEAD, HALF, INTERLEAVED, LAST
 from .kernel import heads_kernel
 
 WIDEST = 512
 """Columns of a head that one program holds in registers."""
+WIDEST_TOKEN = 16384
+"""Columns of all heads of a token, each head's a power of two, where they are normalised together."""
 FEW = 1024
 """Rows of heads up to which a program takes few, so that more programs share the work."""
 
@@ -57,6 +61,12 @@ def configure(arch: Arch, heads: int, rows: int | None, width: int) -> Cut:
     return Cut(shared, tokens, max(1, min(8, shared * tokens * block // 16 // arch.warp_size)))
 
 
+def all_heads(arch: Arch, heads: int, width: int) -> Cut:
+    """The cut on `arch` where all heads of a token are normalised together: a program takes them all, of one token."""
+    together = triton.next_power_of_2(heads)
+    return Cut(together, 1, max(1, min(16, together * triton.next_power_of_2(width) // 16 // arch.warp_size)))
+
+
 def table_key(heads: int, key_heads: int, width: int) -> dict[str, object]:
     """What tables are for: heads of the queries and of the keys, if there are, and the columns of each."""
     return {"heads": heads, "kv_heads": key_heads or None, "head_dim": width}
@@ -92,13 +102,14 @@ def plan_qk_norm(arch: Arch, **arguments: Any) -> Launch | str:
 _Axes = tuple[int | None, int, int]
 
 
-def _axes(q: torch.Tensor, cos: torch.Tensor | None, dim: int | None) -> _Axes | str:
+def _axes(q: torch.Tensor, cos: torch.Tensor | None, dim: int | None, heads_dim: int = EACH_HEAD) -> _Axes | str:
     """Which dimensions of `q` are groups (None: there are none), heads and tokens: a token's heads share a row of cos.
 
     Args:
         q: three or four dimensions.
         cos: None: nothing is rotated.
         dim: the tokens' dimension, where it is known.
+        heads_dim: that of the heads, where it is known.
     """
     if q.dim() not in (3, 4):
         return f"x has {q.dim()} dimensions; the kernel takes heads and tokens, and a batch"
@@ -106,7 +117,7 @@ def _axes(q: torch.Tensor, cos: torch.Tensor | None, dim: int | None) -> _Axes |
     both = {q.dim() - 3, q.dim() - 2}
     for heads in (q.dim() - 3, q.dim() - 2):
         (tokens,) = both - {heads}
-        if known(ahead[heads] == 1) and dim in (None, tokens):
+        if known(ahead[heads] == 1) and dim in (None, tokens) and heads_dim in (EACH_HEAD, heads):
             return (0 if q.dim() == 4 else None), heads, tokens
     return f"cos is {tuple(ahead)} for heads of {tuple(q.shape)}: each head has its own angles"
 
@@ -175,10 +186,12 @@ def _refuse_dtypes(
     return None
 
 
-def _out(rows: _Rows, shape: Any, dtype: torch.dtype, axes: _Axes, in_order: bool) -> tuple[Empty, _Rows]:
-    """The rotated heads, laid out as the reference does: as they came, or `in_order` of their dimensions."""
+def _out(
+    rows: _Rows, shape: Any, dtype: torch.dtype, axes: _Axes, in_order: bool, by_token: bool
+) -> tuple[Empty, _Rows]:
+    """The rotated heads, laid out as the reference has them: as they came, `in_order` of dimensions, or `by_token`."""
     order = [axis for axis in axes if axis is not None]
-    inner_heads = known(rows.head <= rows.token) and not known(rows.tokens == 1)
+    inner_heads = by_token or (known(rows.head <= rows.token) and not known(rows.tokens == 1))
     if in_order:
         order.sort()
     elif inner_heads:
@@ -208,6 +221,7 @@ def _plan(
     weight_offset: float = 0.0,
     norm_rounding: str = BEFORE,
     norm_first: bool = True,
+    heads_dim: int = EACH_HEAD,
     style: str = HALF,
     paired: bool = False,
     rounding: str = EACH,
@@ -216,9 +230,22 @@ def _plan(
     v_cache: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
     dim: int = 2,
+    q_scale: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    code_scheme: str = "fp8_static",
     k_out: bool = True,
 ) -> Launch | str:
-    likes = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    caches = {"k_cache": (k_cache, k_scale), "v_cache": (v_cache, v_scale)}
+    scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+    kind = Scheme.parse(code_scheme)
+    for scale in scales.values():
+        if scale is not None and (reason := refuse_scheme(arch, scale, code_scheme, q.device)):
+            return reason
+    for name, (cache, scale) in caches.items():
+        if cache is not None and scale is not None and (cache.dtype, cache.device) != (kind.code_dtype, q.device):
+            return f"{name} is {cache.dtype}, not {kind.code_dtype}, or on {cache.device}, not {q.device}"
+    likes = {"k": k, "v": v, **{name: cache for name, (cache, scale) in caches.items() if scale is None}}
     given = {"cos": cos, "sin": sin}
     weights = {"q_weight": q_weight, "k_weight": k_weight}
     if reason := _refuse_dtypes(q, likes, given, weights, rounding, norm_rounding):
@@ -232,13 +259,14 @@ def _plan(
     wide = cos is not None and rounding == EACH and torch.promote_types(q.dtype, cos.dtype) != q.dtype
     if wide and normed and not norm_first:
         return f"x is {q.dtype} and the norm reads it rotated, which is wider"
-    if wide and k_cache is not None:
+    if wide and k_cache is not None and k_scale is None:
         return f"the cache is {k_cache.dtype}, and the rotated keys are wider"
-    axes = _axes(q, cos, None if positions is None else dim)
+    axes = _axes(q, cos, None if positions is None else dim, heads_dim)
     if isinstance(axes, str):
         return axes
     tables = {name: _table(t, q, axes, name) if t is not None else (0, 0) for name, t in given.items()}
-    rows = {name: _rows(t, axes, name) for name, t in {"q": q, **likes}.items() if t is not None}
+    read = {"q": q, **likes, "k_cache": k_cache, "v_cache": v_cache}
+    rows = {name: _rows(t, axes, name) for name, t in read.items() if t is not None}
     for found in (*tables.values(), *rows.values()):
         if isinstance(found, str):
             return found
@@ -247,19 +275,25 @@ def _plan(
     heads, key_heads = static(shape.heads), static(keys.heads) if keys is not None else 0
     if heads is None or key_heads is None:
         return "the number of heads is symbolic"
-    in_order = paired or turned < width or style == DEINTERLEAVED
+    whole = heads_dim != EACH_HEAD
+    in_order = (paired or turned < width or style == DEINTERLEAVED) and (norm_first or not whole)
     dtype = cos.dtype if wide and cos is not None else q.dtype
-    q_out, q_out_rows = _out(shape, q.shape, dtype, axes, in_order)
-    made, made_rows = _out(keys, k.shape, dtype, axes, in_order) if k is not None and k_out else (None, None)
+    q_dtype = dtype if q_scale is None else kind.code_dtype
+    q_out, q_out_rows = _out(shape, q.shape, q_dtype, axes, in_order, whole)
+    made, made_rows = _out(keys, k.shape, dtype, axes, in_order, whole) if k is not None and k_out else (None, None)
     tokens = shape.groups * shape.tokens
     count = static(tokens)
     rule = configure(
         arch, min(heads, key_heads or heads), None if count is None else count * (heads + key_heads), width
     )
+    if whole:
+        rule = all_heads(arch, max(heads, key_heads), width)
+        if rule.heads * triton.next_power_of_2(width) > WIDEST_TOKEN:
+            return f"{rule.heads} heads of {width} columns do not fit in registers (at most {WIDEST_TOKEN} columns)"
     parts = {"qk": k is not None, "norm": normed, "rope": cos is not None, "cache": k_cache is not None}
     name = "_".join(part for part, there in parts.items() if there)
     key = table_key(heads, key_heads, width)
-    cut = choose(rule, name, key, arch, count, reach=2, refuse=refuse_cut)
+    cut = rule if whole else choose(rule, name, key, arch, count, reach=2, refuse=refuse_cut)
     if isinstance(cut, str):
         return cut
     key_blocks = -(-key_heads // cut.heads)
@@ -275,6 +309,7 @@ def _plan(
             "v": v,
             **given,
             **weights,
+            **scales,
             "positions": positions,
             **outputs,
             "tokens": tokens,
@@ -307,7 +342,10 @@ def _plan(
             "NORM": ("before" if norm_first else "after") if normed else "",
             "AFTER": norm_rounding != BEFORE,
             "LAST": rounding == LAST,
+            "LIMIT": kind.max,
+            "DIVIDE": kind.rounding == "divide",
             "WIDE": wide,
+            "WHOLE": whole,
             "HEADS": cut.heads,
             "TOKENS": cut.tokens,
             "PDL": arch.has_pdl,
@@ -316,5 +354,5 @@ def _plan(
         num_warps=cut.warps,
         pdl=arch.has_pdl,
         fp_fusion=False,
-        mutates=tuple(name for name in ("k_cache", "v_cache") if likes[name] is not None),
+        mutates=tuple(name for name, (cache, _) in caches.items() if cache is not None),
     )
