@@ -15,7 +15,6 @@ from fusionpass.commands.aot import sample
 from fusionpass.op import OPS
 from fusionpass.report.dump import asking_for_ptx, write_graph, write_index
 from tests.models import Block, LlamaNorm
-from tests.report.stack import Stack, rows
 
 PASSES = ["captured", "normalize", "recognise", "fuse", "lower", "cleanup"]
 
@@ -70,8 +69,27 @@ def test_dump(block, tmp_path):
     ]
     (kernel,) = [line for line in index.splitlines() if line.startswith("| `cpp_fused_")]
     assert "**add_rms_norm_quantize** in norm" in kernel, "what the kernel is for"
-    # The generator in Block.forward makes a closure, which depyf fails on.
-    assert "Block.forward: RecursionError" in (folder / "depyf" / "failed.txt").read_text()
+    # The generator in Block.forward makes a closure of an argument.
+    assert not (folder / "depyf" / "failed.txt").exists()
+    assert "def __transformed_code_0_for_forward(self, x, residual):" in _depyf(
+        folder, "__transformed_code_0_for_forward"
+    )
+    assert "def transformed_forward(" in _depyf(folder, "full_code_for_forward_0")
+
+
+def _depyf(folder: Path, name: str) -> str:
+    return (folder / "depyf" / f"{name}.py").read_text()
+
+
+def test_where_depyf_fails_it_says_so(block, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise NotImplementedError("LOAD_SOMETHING")
+
+    monkeypatch.setattr("depyf.decompiler.Decompiler.decompile_and_compile_like", fail)
+    with torch.no_grad(), fusionpass.dump(tmp_path):
+        result = fusionpass.compile(block)(*_inputs())
+    assert result
+    assert "Block.forward: NotImplementedError: LOAD_SOMETHING" in (tmp_path / "depyf" / "failed.txt").read_text()
 
 
 def test_depyf_writes_what_it_can_and_replaces_nothing(tmp_path):
@@ -178,18 +196,32 @@ def test_the_generated_code_says_what_each_kernel_computes(block, tmp_path):
     assert any("add_rms_norm_quantize in norm" in text for text in above)
 
 
+@torch.library.custom_op("dumped::apart", mutates_args=())
+def apart(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+apart.register_fake(torch.empty_like)
+
+
+class Apart(torch.nn.Module):
+    def forward(self, x):
+        return apart(x)
+
+
 def test_the_index_says_where_the_code_of_each_piece_is(tmp_path):
-    model = Stack(4)
-    with torch.no_grad():
-        fusionpass.compile(model, dump_dir=tmp_path, cuda_graphs="piecewise", boundaries=("aten::_scaled_mm",))(rows())
+    model = torch.nn.Sequential(LlamaNorm(16), Apart(), LlamaNorm(16), Apart(), LlamaNorm(16)).requires_grad_(False)
+    fusionpass.compile(model, dump_dir=tmp_path, boundaries={"dumped::apart"})(_inputs()[0])
     report = fusionpass.report(model)
-    assert 1 < report.distinct_pieces < len(report.pieces)
+    assert len(report.pieces) == 5
+    assert report.distinct_pieces < 3, "alike pieces have their code in common"
     index = (tmp_path / "index.md").read_text()
-    assert "## Stack, graph 0" in index
+    assert "## Sequential, graph 0" in index
     for piece in report.pieces:
         (line,) = re.findall(rf"^- {piece.name}: (.*)$", index, re.M)
         if piece.graph is None:
             assert line.startswith("runs eagerly")
+            assert line.endswith("cut: dumped::apart is in Config.boundaries")
         else:
             assert line.startswith(f"[graph_{piece.graph:03d}](graph_{piece.graph:03d}/), {piece.modules[0]}")
             assert (tmp_path / f"graph_{piece.graph:03d}" / "00_captured.py").is_file()
