@@ -98,7 +98,7 @@ def devices(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted({one["device"] for one in found if "device" in one})
 
 
-def layer_figure(work: Mapping[str, Mapping[str, Mapping[str, float]]], layers: int, title: str) -> Figure:
+def layer_figure(work: Mapping[str, Mapping[str, Mapping[str, float]]], layers: int, device: str) -> Figure:
     """Microseconds a layer of a whole model, by what it does and how it was compiled."""
     figure, grid = plt.subplots(1, len(work), figsize=(2.6 * len(work), 2.4), squeeze=False)
     for axes, (title, ways) in zip(grid.flat, work.items(), strict=True):
@@ -109,7 +109,7 @@ def layer_figure(work: Mapping[str, Mapping[str, Mapping[str, float]]], layers: 
         axes.set_title(title, fontsize=8)
         axes.set_xlabel("µs a layer")
         axes.margins(x=0.2)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(device, fontsize=9)
     figure.tight_layout()
     return figure
 
