@@ -204,19 +204,26 @@ def apart(x: torch.Tensor) -> torch.Tensor:
 apart.register_fake(torch.empty_like)
 
 
-class Apart(torch.nn.Module):
+class Chain(torch.nn.Module):
+    """Norms, and between them what stays out of the pieces; torch.nn.Sequential would break the graph before 2.14."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = torch.nn.ModuleList(LlamaNorm(16) for _ in range(3))
+
     def forward(self, x):
-        return apart(x)
+        first, second, third = self.norms
+        return third(apart(second(apart(first(x)))))
 
 
 def test_the_index_says_where_the_code_of_each_piece_is(tmp_path):
-    model = torch.nn.Sequential(LlamaNorm(16), Apart(), LlamaNorm(16), Apart(), LlamaNorm(16)).requires_grad_(False)
+    model = Chain().requires_grad_(False)
     fusionpass.compile(model, dump_dir=tmp_path, boundaries={"dumped::apart"})(_inputs()[0])
     report = fusionpass.report(model)
     assert len(report.pieces) == 5
     assert report.distinct_pieces < 3, "alike pieces have their code in common"
     index = (tmp_path / "index.md").read_text()
-    assert "## Sequential, graph 0" in index
+    assert "## Chain, graph 0" in index
     for piece in report.pieces:
         (line,) = re.findall(rf"^- {piece.name}: (.*)$", index, re.M)
         if piece.graph is None:
