@@ -14,8 +14,10 @@ ARGS ?=
 # The HTML report's tests click through it in a browser, and skip themselves where there is none.
 BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: demo test browser lint docs format clean
+.PHONY: install demo test browser lint docs format clean
 .DELETE_ON_ERROR:
+
+install: $(READY)
 
 demo: $(READY)
 	$(BIN)/fusionpass demo $(ARGS)

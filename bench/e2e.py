@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 import fusionpass
@@ -100,10 +101,12 @@ def main() -> None:
             for n in options.batch
         }
         texts = {f"prefill {n}": (PREFILL, partial(prefill, tokens=n), 5) for n in options.prefill}
-        for work, (ways, call_of, repeats) in (decode | texts).items():
+        console, todo = Console(), [*(decode | texts).items()]
+        shown = track(todo, "measuring", console=console, transient=True, disable=not console.is_terminal)
+        for work, (ways, call_of, repeats) in shown:
             found[work] = measure(eager, ways, call_of, repeats)
             # What was measured is kept, whatever comes next.
-            Console().print(table(work, found[work]))
+            console.print(table(work, found[work]))
             if options.out:
                 save(options.out, options, work=found)
     far = [work for work, cell in found.items() if not near(cell)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fusionpass.arch import Arch
@@ -100,12 +101,15 @@ def main() -> None:
         return math.inf if options.budget is None else options.budget - (time.monotonic() - began)
 
     warm_up()
-    with workers() as pool:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with workers() as pool, Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("sizes", total=len(todo))
         for _, family in itertools.groupby(todo, lambda cell: cell.family):
             cells = list(family)
             compile_all(cells, options, pool, left())
             compiled = time.monotonic() - began
             for title, group in itertools.groupby(cells, lambda cell: cell.title):
+                bar.update(task, description=title)
                 found: list[dict[str, Any]] = []
                 for cell in itertools.takewhile(lambda _: left() > 0, group):
                     try:
@@ -113,6 +117,7 @@ def main() -> None:
                     except (ArgumentError, torch.OutOfMemoryError) as error:
                         console.print(f"{title} {cell.tokens} × {cell.hidden}: {error}", markup=False)
                     counted += 1
+                    bar.advance(task)
                 judged = record(file, found, measured, options, gone)
                 console.print(table(found, title))
             after = time.monotonic() - began

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import torch
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
@@ -15,10 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .cells import Cell
-from .machine import ROOT
+from .machine import ROOT, device_slug
 from .verdicts import percent
 
-FOLDER = ROOT / "bench" / "results" / "nvidia-h100-80gb-hbm3"
+RESULTS = ROOT / "bench" / "results"
 STYLES = {"fusionpass": ("C3", 2.0), "inductor+pdl": ("C0", 1.2), "inductor": ("C9", 1.2), "eager": ("0.6", 1.2)}
 """Colours and widths of lines; other libraries take the next colours."""
 OTHERS = ("C1", "C2", "C4", "C5", "C6", "C8")
@@ -73,7 +74,7 @@ def op_figure(op: str, hidden: int, cells: Sequence[Mapping[str, Any]]) -> Figur
     figure.legend([handles[way] for way in order], order, loc="center right", frameon=False)
     figure.supxlabel("tokens", fontsize=8)
     figure.supylabel("% of a copy's speed", fontsize=8)
-    figure.suptitle(f"{op}, {hidden} columns", fontsize=9)
+    figure.suptitle(", ".join([op, f"{hidden} columns", *devices(cells)]), fontsize=9)
     figure.tight_layout(rect=(0, 0, 1 - 1.2 / size[0], 1))
     return figure
 
@@ -92,7 +93,12 @@ def panel(
     axes.minorticks_off()
 
 
-def layer_figure(work: Mapping[str, Mapping[str, Mapping[str, float]]], layers: int) -> Figure:
+def devices(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What was measured on, where the figures say it."""
+    return sorted({one["device"] for one in found if "device" in one})
+
+
+def layer_figure(work: Mapping[str, Mapping[str, Mapping[str, float]]], layers: int, device: str) -> Figure:
     """Microseconds a layer of a whole model, by what it does and how it was compiled."""
     figure, grid = plt.subplots(1, len(work), figsize=(2.6 * len(work), 2.4), squeeze=False)
     for axes, (title, ways) in zip(grid.flat, work.items(), strict=True):
@@ -103,6 +109,7 @@ def layer_figure(work: Mapping[str, Mapping[str, Mapping[str, float]]], layers: 
         axes.set_title(title, fontsize=8)
         axes.set_xlabel("µs a layer")
         axes.margins(x=0.2)
+    figure.suptitle(device, fontsize=9)
     figure.tight_layout()
     return figure
 
@@ -117,19 +124,33 @@ def figures(folder: Path, hidden: Sequence[int]) -> Iterator[tuple[str, Figure]]
             yield f"kernels-{op.replace('+', '-and-')}-{width}.svg", op_figure(op, width, chosen)
     if whole.exists():
         found = json.loads(whole.read_text())
-        yield "layer.svg", layer_figure(found["work"], found["layers"])
+        yield "layer.svg", layer_figure(found["work"], found["layers"], ", ".join(devices([found])))
+
+
+def measured() -> Path:
+    """The folder of this machine's GPU; where there is none, that of the only device that there are results of.
+
+    Raises:
+        FileNotFoundError: which of several devices is meant cannot be known.
+    """
+    if torch.cuda.is_available():
+        return RESULTS / device_slug()
+    folders = sorted(path for path in RESULTS.iterdir() if path.is_dir())
+    if len(folders) != 1:
+        raise FileNotFoundError(f"name one with --results: {', '.join(map(str, folders)) or 'there is none'}")
+    return folders[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw every figure that there are results for."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
-    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of kernels.json and e2e.json")
+    parser.add_argument("--results", type=Path, help="folder of kernels.json and e2e.json; default: this GPU's")
     parser.add_argument("--hidden", nargs="+", type=int, default=[4096, 12288], help="widths that are drawn")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(SETTINGS):
-        for name, figure in figures(options.results, options.hidden):
+        for name, figure in figures(options.results or measured(), options.hidden):
             figure.savefig(options.out / name, metadata={"Date": None, "Creator": None})
             plt.close(figure)
             print(options.out / name)

@@ -27,6 +27,10 @@ class ArchError(FusionpassError):
     """A target architecture that does not exist or does not fit the request."""
 
 
+class BuildError(ArchError):
+    """A target whose tensors this build of torch cannot make, not even without data."""
+
+
 class SchemeError(FusionpassError):
     """A quantisation scheme that does not exist or does not fit the tensor."""
 

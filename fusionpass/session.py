@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from .config import Config
 from .errors import MissError, RecompileWarning
 from .op import OPS
 from .passes.masks import masks
-from .report.dump import active_dump, of_rank, write_graph, write_index
+from .report.assembly import assembly
+from .report.dump import active_dump, of_rank, wants_ptx, write_graph, write_index, write_pieces
 from .report.trace import GraphTrace, ModelGraph, Report
 from .runtime.build import Builder, Request
 from .runtime.cache import Cache, CacheWarning, Entry
@@ -48,6 +50,7 @@ class Session:
         if torch.cuda.is_available():
             inductor.warm_up()
         self._codes: dict[str, list[_Code]] = {}
+        self._dumped: dict[Path, dict[int, str]] = {}
         self._cache = _cache(config)
         alone = config.cuda_graphs == "piecewise"
         self._builder = Builder(self._piece, config.boundaries, alone)
@@ -61,8 +64,10 @@ class Session:
         record.masks = masks(gm, self.config.disable)
         program = self._builder.build(gm, inputs, record, whole=trains)
         for folder in self._folders():
-            for trace in self.report.graphs[known:]:
-                write_graph(folder, trace)
+            names = self._dumped.setdefault(folder, {})
+            names |= {trace.index: write_graph(folder, trace).name for trace in self.report.graphs[known:]}
+            folder.mkdir(parents=True, exist_ok=True)
+            write_pieces(folder, self.report.title, record, names)
             write_index(folder)
         self._judge(self.report.graphs[known:])
         self._tell(record, self.report.graphs[known:])
@@ -100,7 +105,7 @@ class Session:
                 log.debug("%s: %s", kind, one)
         inductor.artifacts(self.report, traces)
 
-    def _folders(self) -> list[Any]:
+    def _folders(self) -> list[Path]:
         given = self.config.dump_dir
         return [folder for folder in (given and of_rank(given), active_dump()) if folder is not None]
 
@@ -130,6 +135,8 @@ class Session:
         def late(graph: Graph, parameters: frozenset[Node]) -> None:
             if not trace.skipped:
                 pipeline.run(pipeline.late(config, trace, parameters), graph, config, trace, keep=keep)
+                if wants_ptx():
+                    trace.assembly |= assembly(graph, config.target)
 
         compiled = inductor.compile_graph(
             request.module,

@@ -568,7 +568,7 @@ def test_plots_are_a_file_an_op_and_always_the_same(tmp_path):
     ]
     (tmp_path / "kernels.json").write_text(json.dumps({"cells": [*cells, made("silu_mul", fusionpass=1.0)]}))
     work = {"decode, batch 1": {"default": {"us": 80.0}, "fusionpass": {"us": 40.0}}}
-    (tmp_path / "e2e.json").write_text(json.dumps({"layers": 8, "work": work}))
+    (tmp_path / "e2e.json").write_text(json.dumps({"device": "Some GPU", "layers": 8, "work": work}))
     found = []
     for out in ("a", "b"):
         plot.main(["--results", str(tmp_path), "--out", str(tmp_path / out)])
@@ -577,6 +577,22 @@ def test_plots_are_a_file_an_op_and_always_the_same(tmp_path):
     assert found[0].keys() == {"kernels-rms_norm-4096.svg", "kernels-quantize-4096.svg", "layer.svg"}
     assert all(text in found[0]["kernels-quantize-4096.svg"] for text in (">nvfp4<", ">mxfp8<", ">liger<", ">1024<"))
     assert ">10<" in found[0]["layer.svg"].replace(" ", "")
+    assert ">Some GPU<" in found[0]["layer.svg"]
+
+
+def test_what_is_drawn_is_this_gpus_or_the_only_one(tmp_path, monkeypatch):
+    plot = pytest.importorskip("bench.plot", exc_type=ImportError)
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is none"):
+        plot.measured()
+    (tmp_path / "one").mkdir()
+    assert plot.measured() == tmp_path / "one"
+    (tmp_path / "two").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"--results: .*one, .*two"):
+        plot.measured()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    assert plot.measured() == tmp_path / "some-gpu"
 
 
 def test_a_line_has_the_regime_that_models_meet():

@@ -7,6 +7,7 @@ from torch import nn
 
 import fusionpass
 from fusionpass import Arch, Config, explain, inductor
+from fusionpass.errors import BuildError
 from fusionpass.inductor import Compiled
 from tests.models import FP8, Block, LlamaNorm, static
 
@@ -246,3 +247,9 @@ def test_an_op_that_a_module_calls_says_where():
     assert "scaled_dot_product_attention" in found["attention"][1]
     assert found["block_scaled_mm"][0] == "1"
     assert "block_scaled_mm(" in found["block_scaled_mm"][1]
+
+
+def test_a_build_of_torch_without_gpus_says_so(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    with pytest.raises(BuildError, match=r"sm_90: this build of torch has no GPUs, .* Install one for CUDA or ROCm"):
+        fusionpass.explain(Block(16), torch.randn(3, 16), torch.randn(3, 16), config=Config(target=Arch("sm_90")))

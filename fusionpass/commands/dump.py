@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..errors import ModelError
 from .options import Commands, add_model, program
 
 
@@ -12,6 +13,7 @@ def add(commands: Commands) -> None:
     add_model(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="where; made if missing")
     parser.add_argument("--run", action="store_true", dest="compile", help="compile and run it, for the generated code")
+    parser.add_argument("--ptx", action="store_true", help="also the PTX, or AMD's assembly, of each kernel")
     parser.set_defaults(run=run)
 
 
@@ -20,15 +22,20 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..compile import compile as compile_model
-    from ..report.dump import dump, write_graph, write_index
+    from ..report.dump import asking_for_ptx, dump, write_graph, write_index, write_pieces
 
     found, config = program(args, weights=args.compile)
     if args.compile:
-        with dump(args.out), torch.no_grad():
+        with dump(args.out, ptx=args.ptx), torch.no_grad():
             compile_model(found.model, None if args.target is None else config)(*found.args, **found.kwargs)
     else:
-        for trace in found.explain(config).graphs:
-            write_graph(args.out, trace)
+        with asking_for_ptx(args.ptx):
+            report = found.explain(config)
+        if not report.graphs:
+            raise ModelError("Dynamo made no graph of it", found.name, "Look at TORCH_LOGS=graph_breaks,recompiles")
+        names = {trace.index: write_graph(args.out, trace).name for trace in report.graphs}
+        for graph in report.model_graphs:
+            write_pieces(args.out, found.name, graph, names)
         write_index(args.out)
     print(f"{found.name}: see {args.out / 'index.md'}")
     return 0

@@ -12,10 +12,11 @@ from rich.table import Table
 from ..errors import ConfigError
 from ..report.advice import advise
 from ..report.layers import layer_of, layers
+from ..report.records import Time
 from ..report.sites import KINDS, Site, fold, sites
 from ..report.trace import Report
 from . import gemm
-from .options import Commands, add_model, program
+from .options import Commands, add_model, here, program
 
 _STYLES = {"missed": "red", "refused": "yellow", "fused": "green"}
 
@@ -25,6 +26,7 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser("explain", help="what would fuse in a model, what not, why, and what to change")
     add_model(parser, optional=True)
     gemm.add(parser)
+    parser.add_argument("--measure", action="store_true", help="also time each fused op, and what it replaced, here")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the report as a page")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report as JSON")
     parser.add_argument("--all", action="store_true", help="a table for each layer, also for those that are alike")
@@ -37,8 +39,14 @@ def run(args: argparse.Namespace) -> int:
         return gemm.run(args)
     if args.model is None:
         raise ConfigError("there is no model", "explain", "Name one, or ask for the products with --gemm")
+    if args.measure and args.target not in (None, here().name):
+        raise ConfigError(
+            f"times are measured on this machine, {here().name}", "--measure", "Leave out --target, or --measure"
+        )
     found, config = program(args)
     report = found.explain(config)
+    if args.measure:
+        report.measure()
     # Into a file or a pipe, lines need not be as short as those of an old terminal.
     console = Console() if Console().is_terminal else Console(width=160)
     console.print(f"[bold]{escape(found.name)}[/] {escape(', '.join(found.notes))}", soft_wrap=True)
@@ -58,7 +66,7 @@ def show(report: Report, console: Console, every: bool = False) -> None:
             table.add_column(heading, no_wrap=True)
         table.add_column("why, and what to do", overflow="fold")
         for site in sorted(found, key=lambda site: (KINDS.index(site.kind), site.record.backend == "triton")):
-            table.add_row(*_cells(site))
+            table.add_row(*_cells(site, report.times.get((site.record.graphs[0], site.record.node))))
         console.print(table)
     counts = Counter(kind for kind in KINDS for _ in getattr(report, kind))
     console.print(", ".join(f"{counts[kind]} {kind}" for kind in reversed(KINDS)), style="bold")
@@ -94,7 +102,7 @@ def _in_order(group: tuple[str, list[Site]]) -> tuple[bool, str, int]:
     return (not number.isdecimal(), head, int(number) if number.isdecimal() else 0)
 
 
-def _cells(site: Site) -> list[str]:
+def _cells(site: Site, measured: Time | None) -> list[str]:
     record, style = site.record, _STYLES[site.kind]
     own = layer_of(record.where)
     where = record.where.removeprefix(own).strip(".") or record.where or "(no module)"
@@ -103,6 +111,8 @@ def _cells(site: Site) -> list[str]:
     # A kernel runs it: the note on what a larger op would have taken is enough.
     if advice and record.backend != "triton":
         told.append(f"[bold]→[/] {escape(advice)}")
+    if measured is not None:
+        told.append(escape(str(measured)))
     if site.kind != "fused" and record.source:
         told.append(f"[dim]{escape(record.source)}[/]")
     op = "\n".join(filter(None, (record.op, record.scheme)))

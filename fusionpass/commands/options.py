@@ -3,6 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from ..arch import Arch
 from ..config import Config
 from .load import Program, load
 
@@ -37,18 +38,18 @@ def add_model(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     )
 
 
-def program(args: argparse.Namespace, *, weights: bool = False) -> tuple[Program, Config]:
-    """The model that these options name, quantised as they say, and the options to explain it with."""
+def here() -> Arch:
+    """The architecture of this machine's GPU, or of its CPU."""
     import torch
 
-    from ..arch import Arch
+    return Arch.of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
+
+def program(args: argparse.Namespace, *, weights: bool = False) -> tuple[Program, Config]:
+    """The model that these options name, quantised as they say, and the options to explain it with."""
     found = load(args.model, args.tokens, weights=weights)
     if args.scheme:
         found.quantize(args.scheme, args.skip)
-    if args.target:
-        target = Arch(args.target)
-    else:
-        target = Arch.of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    target = Arch(args.target) if args.target else here()
     found.notes.insert(0, f"for {target.name}")
     return found, Config.make(None, {"target": target})

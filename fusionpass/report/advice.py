@@ -10,6 +10,10 @@ _RULE = "or add a spelling of your own (docs/add-a-rule.md)"
 _ADVICE: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"^(\S+) is disabled by Config\.disable", lambda m: f'Take "{m[1]}" out of Config.disable (FUSIONPASS_DISABLE).'),
     (
+        r"then at (\S+): expected (.+?) to read it, found (.+)$",
+        lambda m: f"Let {m[2]} follow {m[1]} directly, where the model has {m[3]}, {_RULE}.",
+    ),
+    (
         r"then(?: at \S+)?: expected (.+?), found (.+)$",
         lambda m: f"Write {m[1]} there, where the model has {m[2]}, {_RULE}.",
     ),

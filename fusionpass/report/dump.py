@@ -2,19 +2,40 @@
 
 import contextlib
 import contextvars
+import re
+import textwrap
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
+from .assembly import all_stages
 from .replay import program
-from .trace import GraphTrace
+from .trace import GraphTrace, ModelGraph
 
 _ACTIVE: "contextvars.ContextVar[Path | None]" = contextvars.ContextVar("fusionpass_dump", default=None)
+
+
+_PTX: "contextvars.ContextVar[bool]" = contextvars.ContextVar("fusionpass_dump_ptx", default=False)
+
+
+@contextlib.contextmanager
+def asking_for_ptx(asked: bool = True) -> Iterator[None]:
+    """Graphs that are traced or compiled inside the block have their kernels' assembly in `GraphTrace.assembly`."""
+    token = _PTX.set(asked)
+    try:
+        yield
+    finally:
+        _PTX.reset(token)
+
+
+def wants_ptx() -> bool:
+    """Whether assembly is asked for here."""
+    return _PTX.get()
 
 
 def active_dump() -> Path | None:
@@ -46,35 +67,72 @@ def write_graph(folder: Path, trace: GraphTrace) -> Path:
     for number, (name, text) in enumerate(trace.snapshots):
         (own / f"{number:02d}_{name}.py").write_text(program(text, trace.mains.get(name, "")))
     for number, source in enumerate(trace.sources):
-        (own / f"{len(trace.snapshots) + number:02d}_generated.py").write_text(source)
+        (own / f"{len(trace.snapshots) + number:02d}_generated.py").write_text(_annotated(source, trace))
     lines = [f"{kind}: {record}" for kind in ("fused", "refused", "missed") for record in getattr(trace, kind)]
     if trace.skipped:
         lines.append(f"left alone: {trace.skipped}")
     (own / "report.txt").write_text("\n".join([*lines, ""]))
     if trace.origins:
-        (own / "kernels.md").write_text(_kernels(trace))
+        lines = ["| kernel | computes |", "|---|---|"]
+        lines += [f"| `{kernel}` | {', '.join(_computed(trace, kernel, '**', '`'))} |" for kernel in trace.origins]
+        (own / "kernels.md").write_text("\n".join([*lines, ""]))
+    for name, text in trace.assembly.items():
+        (own / "ptx").mkdir(exist_ok=True)
+        (own / "ptx" / name).write_text(text)
     return own
 
 
-def _kernels(trace: GraphTrace) -> str:
-    """Each kernel of the generated code with the ops, and the other nodes, that it computes."""
+def _computed(trace: GraphTrace, kernel: str, strong: str = "", code: str = "") -> list[str]:
+    """The ops, with their modules, and the other nodes that a kernel of the generated code computes."""
     records = {record.node: record for record in trace.fused}
-    lines = ["| kernel | computes |", "|---|---|"]
-    for kernel, nodes in trace.origins.items():
-        told: dict[str, None] = {}
-        for node in nodes:
-            record = records.get(trace.inlined.get(node, node))
-            told[f"**{record.op}** in {record.where or 'no module'}" if record else f"`{node}`"] = None
-        lines.append(f"| `{kernel}` | {', '.join(sorted(told))} |")
-    return "\n".join([*lines, ""])
+    told: dict[str, None] = {}
+    for node in trace.origins.get(kernel, ()):
+        record = records.get(trace.inlined.get(node, node))
+        where = record.where or "no module" if record else ""
+        told[f"{strong}{record.op}{strong} in {where}" if record else f"{code}{node}{code}"] = None
+    return sorted(told)
+
+
+def _annotated(source: str, trace: GraphTrace) -> str:
+    """Generated code with a comment above each kernel: what it computes."""
+
+    def comment(found: re.Match[str]) -> str:
+        told = textwrap.wrap(", ".join(_computed(trace, found[1])), 116)
+        return "".join(f"# {line}\n" for line in (["fusionpass: what the next kernel computes", *told] if told else ()))
+
+    return re.sub(r"^(?=(\w+) = async_compile\.)", comment, source, flags=re.MULTILINE)
+
+
+def write_pieces(folder: Path, title: str, record: ModelGraph, folders: Mapping[int, str]) -> None:
+    """Add one of Dynamo's graphs to `folder/pieces.md`: its pieces, and where the code of each is.
+
+    Args:
+        folder: is there already.
+        title: of the model.
+        record: the graph.
+        folders: for a compiled graph, by index, the name of its folder.
+    """
+    lines = [f"## {title or 'a function'}, graph {record.index}", ""]
+    lines += [f"- ended early by a graph break: {record.graph_break}"] if record.graph_break else []
+    lines += [f"- compiled again because {record.recompiled}"] if record.recompiled else []
+    for piece in record.pieces:
+        where = folders.get(piece.graph, "compiled before") if piece.graph is not None else ""
+        link = f"[{where}]({where}/)" if where.startswith("graph_") else where or "runs eagerly"
+        span = " to ".join(dict.fromkeys(path for path in piece.modules if path))
+        cut = f"; cut: {piece.why}" if piece.why else ""
+        lines.append(f"- {piece.name}: {link}{f', {span}' if span else ''}{cut}")
+    with (folder / "pieces.md").open("a") as file:
+        file.write("\n".join([*lines, "", ""]))
 
 
 def write_index(folder: Path) -> None:
     """Write `folder/index.md`, which lists the graphs that are there and tells what their kernels compute."""
     lines = ["# Graphs before and after each pass", ""]
     lines += ["`python FILE` runs a graph on random inputs; `--against OTHER` compares it with another.", ""]
+    if (pieces := folder / "pieces.md").is_file():
+        lines += [pieces.read_text()]
     for own in sorted(path for path in folder.glob("graph_*") if path.is_dir()):
-        files = sorted(path.name for path in own.iterdir())
+        files = sorted(str(path.relative_to(own)) for path in own.rglob("*") if path.is_file())
         lines += [f"## {own.name}", "", *(f"- [{name}]({own.name}/{name})" for name in files), ""]
         if (kernels := own / "kernels.md").is_file():
             lines += [kernels.read_text()]
@@ -87,10 +145,11 @@ def write_index(folder: Path) -> None:
 def _decompiled(folder: Path) -> Iterator[None]:
     """Let depyf write under `folder` what Dynamo compiles inside the block.
 
-    depyf gives up on some bytecode (0.20: on any function with a closure, by endless recursion), and puts its own
-    decompilation in the place of what Dynamo made. Here it only writes, and its failure costs its files, not the run.
+    depyf puts its own decompilation in the place of what Dynamo made, and gives up on some bytecode. Here it only
+    writes, and its failure costs its files, not the run.
     """
     import depyf
+    from depyf import code_transform
     from depyf.explain import enable_debugging as debugging
 
     decompile, full_source = debugging.DebuggableHook.__call__, depyf.explain.dump_src
@@ -112,6 +171,8 @@ def _decompiled(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(debugging.DebuggableHook, "__call__", hook))
         stack.enter_context(mock.patch.object(depyf.explain, "dump_src", source))
+        # It makes code that can run in the other's place; 0.20 recurses without end where an argument is in a closure.
+        stack.enter_context(mock.patch.object(code_transform, "fix_irregular_code", lambda code, text, **_: text))
         with warnings.catch_warnings():
             # It says each time that it is a debugger.
             warnings.simplefilter("ignore")
@@ -120,17 +181,20 @@ def _decompiled(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def dump(path: str | Path) -> Iterator[Path]:
+def dump(path: str | Path, *, ptx: bool = False) -> Iterator[Path]:
     """Write every graph that is compiled inside the block under `path`.
 
     For each: numbered files before the first pass and after each one, as Python that runs the graph on random inputs;
-    the Triton or C++ code that Inductor generated, and what each kernel in it computes; the records of the report.
-    `path/index.md` lists them. Where processes run together (torch.distributed), each has `path/rank_N`. depyf's
-    decompiled bytecode goes to `path/depyf`, or to `path/depyf/failed.txt` why there is none. Inductor's caches are off
-    inside the block, since depyf finds nothing in a warm one.
+    the Triton or C++ code that Inductor generated, with what each kernel in it computes; the records of the report.
+    `path/index.md` lists them, and which piece of the model has which. Where processes run together
+    (torch.distributed), each has `path/rank_N`. depyf's decompiled bytecode goes to `path/depyf`, or to
+    `path/depyf/failed.txt` why there is none. Inductor's caches are off inside the block, since depyf finds nothing in
+    a warm one.
 
     Args:
         path: a folder, made if missing; files that are there stay.
+        ptx: also the PTX, or AMD's assembly, of our kernels in each graph's own folder, and under `path/triton` every
+            stage of every kernel that Triton compiles, Inductor's own too. Kernels are compiled anew for it.
 
     Yields:
         The folder that is written to.
@@ -145,7 +209,12 @@ def dump(path: str | Path) -> Iterator[Path]:
     before = set(folder.iterdir())
     token = _ACTIVE.set(folder)
     try:
-        with inductor_config.patch(force_disable_caches=True), _decompiled(folder / "depyf"):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(inductor_config.patch(force_disable_caches=True))
+            stack.enter_context(_decompiled(folder / "depyf"))
+            if ptx:
+                stack.enter_context(asking_for_ptx())
+                stack.enter_context(all_stages(folder / "triton"))
             yield folder
     finally:
         _ACTIVE.reset(token)

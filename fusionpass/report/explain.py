@@ -13,7 +13,10 @@ from torch.fx import Graph, GraphModule
 from .. import inductor, pipeline
 from ..arch import Arch
 from ..config import Config
+from ..errors import BuildError
 from ..passes.masks import masks
+from .assembly import assembly
+from .dump import wants_ptx
 from .trace import Report
 
 
@@ -31,6 +34,9 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
 
     Returns:
         A report with one graph per graph of Dynamo's; nothing is generated, so `kernels` is 0.
+
+    Raises:
+        BuildError: the target is a GPU, and this build of torch knows of none.
     """
     options = Config.make(config)
     report = Report(
@@ -44,6 +50,8 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
         def run(graph: Graph) -> None:
             passes = [*pipeline.early(options, trace), *pipeline.late(options, trace)]
             pipeline.run(passes, graph, options, trace, keep=True)
+            if wants_ptx():
+                trace.assembly |= assembly(graph, options.target)
 
         report.model_graphs[-1].masks = masks(gm, options.disable)
         return inductor.trace_graph(gm, inputs, run, options.disable)
@@ -100,7 +108,15 @@ def _dynamo_cache_untouched() -> Iterator[dict[str, Any]]:
 def _device(target: Arch | None) -> torch.device | None:
     if target is None:
         return None
-    return torch.device("cpu") if target.is_cpu else torch.device("cuda", 0)
+    if target.is_cpu:
+        return torch.device("cpu")
+    if not torch.backends.cuda.is_built():
+        raise BuildError(
+            "this build of torch has no GPUs, not even for tensors without data",
+            target.name,
+            "Install one for CUDA or ROCm, which needs no GPU to trace for one",
+        )
+    return torch.device("cuda", 0)
 
 
 @contextlib.contextmanager

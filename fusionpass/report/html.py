@@ -13,6 +13,7 @@ from typing import Any
 from .advice import advise
 from .layers import Layer, Row, layers
 from .nodes import NodeRecord
+from .records import Time
 from .sites import KINDS, Site, fold, shortened, sites
 from .trace import Report
 
@@ -58,7 +59,7 @@ def contents(report: Report) -> dict[str, Any]:
         "summary": _summary(report),
         "tree": _tree(all_sites),
         "sites": [_site(site) for site in fold(all_sites, report)],
-        "layers": [_layer(layer, values[layer.graph]) for layer in found],
+        "layers": [_layer(layer, values[layer.graph], report.times) for layer in found],
         "run": _run(report),
     }
 
@@ -66,7 +67,9 @@ def contents(report: Report) -> dict[str, Any]:
 def _summary(report: Report) -> list[list[Any]]:
     known = {kind: len(getattr(report, kind)) for kind in ("fused", "refused", "missed")}
     pieces = {"graphs": len(report.model_graphs), "pieces": len(report.pieces), "distinct": report.distinct_pieces}
-    return [[name, count] for name, count in {**known, **pieces, "kernels": report.kernels}.items()]
+    # A trace generates none.
+    kernels = {"kernels": report.kernels} if any(graph.kernels for graph in report.graphs) else {}
+    return [[name, count] for name, count in {**known, **pieces, **kernels}.items()]
 
 
 def _site(site: Site) -> dict[str, Any]:
@@ -118,7 +121,7 @@ def _shape(branch: dict[str, Any]) -> object:
     return tuple(branch["counts"].items()), inside
 
 
-def _layer(layer: Layer, values: Mapping[str, NodeRecord]) -> dict[str, Any]:
+def _layer(layer: Layer, values: Mapping[str, NodeRecord], times: Mapping[tuple[int, str], Time]) -> dict[str, Any]:
     own = {node.name for row in layer.rows for node in (*row.before, *row.after)}
     read = {name for row in layer.rows for node in (*row.before, *row.after) for name in node.inputs} - own
     return {
@@ -126,17 +129,19 @@ def _layer(layer: Layer, values: Mapping[str, NodeRecord]) -> dict[str, Any]:
         "title": layer.title,
         "members": layer.members,
         "outside": {name: [values[name].type, values[name].where] for name in sorted(read) if name in values},
-        "rows": [_drawn(row, values) for row in layer.rows],
+        "rows": [_drawn(row, values, times.get((layer.graph, row.name))) for row in layer.rows],
     }
 
 
-def _drawn(row: Row, values: Mapping[str, NodeRecord]) -> dict[str, Any]:
+def _drawn(row: Row, values: Mapping[str, NodeRecord], measured: Time | None) -> dict[str, Any]:
     made: dict[str, Any] = {"before": [_node(n) for n in row.before], "after": [_node(n) for n in row.after]}
     if row.record is not None:
         fields = {**dataclasses.asdict(row.record), "advice": advise(row.kind, row.record)}
         made |= {"kind": row.kind, "record": {k: v for k, v in fields.items() if v and k not in _UNSEEN}}
     if row.kind == "fused":
         made["operators"], made["bytes"], made["left"] = row.traffic(values)
+    if measured is not None:
+        made["time"] = dataclasses.asdict(measured)
     return made
 
 

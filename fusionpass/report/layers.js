@@ -74,7 +74,7 @@ function showLayer() {
   const count = (side) => layer.rows.reduce((total, row) => total + row[side].filter((node) => !node.moves).length, 0);
   const saved = sum("bytes") === null ? "" : `; one kernel each, they would move ${size(sum("bytes"))}, the ops move ${size(sum("left"))}`;
   $("about").textContent = `${times(count("before"), "operator")} before, ${count("after")} after. `
-    + `${times(fused.length, "fused op")} stand for ${times(sum("operators"), "operator")}${saved}.`;
+    + `${times(fused.length, "fused op")} stand for ${times(sum("operators"), "operator")}${saved}.${measuredIn(fused)}`;
   const head = make("div", { class: "row head" }, make("span", {}, "before: the model's operators"), make("span"), make("span", {}, "after: ops and what is left"));
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("aria-hidden", "true");
@@ -83,6 +83,17 @@ function showLayer() {
   const first = nodes()[0];
   if (first) first.tabIndex = 0;
   showDetails(null);
+}
+
+const micros = (us) => `${us < 100 ? us.toPrecision(3) : Math.round(us)} µs`;
+
+// Of a layer: the ops that were measured, together.
+function measuredIn(rows) {
+  const found = rows.map((row) => row.time).filter((time) => time && !time.why);
+  if (!found.length) return "";
+  const sum = (name) => micros(found.reduce((total, time) => total + time[name], 0));
+  const which = found.length === rows.length ? "they take" : `the ${found.length} that were measured take`;
+  return ` On ${found[0].device} ${which} ${sum("us")}; what they replaced, compiled by Inductor alone, ${sum("replaced_us")}.`;
 }
 
 const nodes = () => [...document.querySelectorAll("#graph .node")];
@@ -152,13 +163,17 @@ function showDetails(button) {
     tell("Rules", (record.rules || [record.rule]).filter(Boolean).join(" → "));
     tell("Run by", record.backend);
     tell("Why", record.reason);
-    tell("To do", record.advice);
+    tell(hint(row.kind), record.advice);
     if (row.kind === "fused") {
       tell("Operators replaced", `${row.operators} by 1${record.backend === "inductor" ? ", if Inductor makes one kernel of it" : ""}`);
       if (row.bytes !== null && row.left !== null) {
         tell("Bytes moved", `${size(row.bytes)} with a kernel for each operator, ${size(row.left)} by the op`,
           row.bytes > row.left ? `${size(row.bytes - row.left)} saved` : null);
       } else tell("Bytes moved", "depends on sizes that are symbolic");
+      if (row.time) {
+        tell("Measured", ...(row.time.why ? [`not: ${row.time.why}`] : [`${micros(row.time.us)} on ${row.time.device}`,
+          `${micros(row.time.replaced_us)} for what it replaced, compiled by Inductor alone`]));
+      }
     }
   }
   tell("Reads", ...(node.inputs || []).map((name) => make("span", {}, make("code", {}, name), ` ${name in types ? types[name] : (layer.outside[name] || [""]).join(" ")}`)));

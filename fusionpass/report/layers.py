@@ -34,6 +34,11 @@ class Row:
         paths = [self.record.where if self.record else "", *(n.where for n in (*self.after, *self.before))]
         return next(filter(None, paths), "")
 
+    @property
+    def name(self) -> str:
+        """The name of the node that stands for it after the passes; empty where it is gone."""
+        return self.after[0].name if self.after else ""
+
     def traffic(self, values: Mapping[str, NodeRecord]) -> tuple[int, int | None, int | None]:
         """For a fused row: operators that are replaced, and the bytes that they would move, and that the op moves.
 

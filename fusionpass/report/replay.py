@@ -34,10 +34,18 @@ def main_of(graph: Graph) -> str:
 def program(text: str, main: str) -> str:
     """A printed graph and what `main_of` says of it as one file."""
     needed = ["import fusionpass"] if "torch.ops.fusionpass" in text else []
-    device = 'torch.device("cuda" if torch.cuda.is_available() else "cpu")'
     # A graph for a GPU runs where there is none, too.
-    text = text.replace("torch.device('cuda:0')", device).replace("torch.device('cuda')", device)
+    text = _on(text, 'torch.device("cuda" if torch.cuda.is_available() else "cpu")')
     return "\n".join([*needed, text]) + main
+
+
+def on_this_device(text: str, device: str) -> str:
+    """A printed graph for `device`, whatever it was traced for."""
+    return _on(text, f'torch.device("{device}")')
+
+
+def _on(text: str, device: str) -> str:
+    return text.replace("torch.device('cuda:0')", device).replace("torch.device('cuda')", device)
 
 
 def random_inputs(inputs: Sequence[Input], device: str = "cpu", seed: int = 0) -> list[Any]:

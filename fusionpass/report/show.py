@@ -1,6 +1,7 @@
 """The one printer: a graph as readable Python, for dumps, golden tests, errors and docs."""
 
 import math
+import re
 from collections.abc import Mapping
 from operator import getitem
 from typing import Any
@@ -46,6 +47,22 @@ def _commented(rows: list[tuple[str, str]]) -> list[str]:
 def describe(node: Node) -> str:
     """The type of a node's value: "bf16[3, 64]", with the strides where they are not dense."""
     return _type(node.meta.get("val"))
+
+
+_DESCRIBED = re.compile(r"([\w.]+)\[([\d, ]*)\](?: strides \(([\d, ]*)\))?")
+
+
+def parsed_type(text: str) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None:
+    """Shape, strides and dtype of what `describe` wrote of one tensor; None of anything else, or of symbolic sizes."""
+    found = _DESCRIBED.fullmatch(text)
+    if found is None:
+        return None
+    dtypes = {name: dtype for dtype, name in _SHORT.items()}
+    dtype = dtypes.get(found[1]) or getattr(torch, found[1].removeprefix("torch."))
+    shape, strides = (tuple(int(n) for n in (part or "").split(",") if n.strip()) for part in (found[2], found[3]))
+    if found[3] is None:
+        strides = tuple(torch._prims_common.make_contiguous_strides_for(shape))
+    return shape, strides, dtype
 
 
 def spell(node: Node) -> str:

@@ -14,6 +14,7 @@ KINDS = ("missed", "refused", "fused")
 """What needs a look comes first."""
 
 _NOWHERE = NodeRecord("")
+_OURS = f"{Path(__file__).parents[2]}/"
 _PACKAGES = re.compile(r"^\S*?/(?:site|dist)-packages/")
 
 
@@ -38,7 +39,7 @@ class Site:
 
 def shortened(source: str) -> str:
     """A line of the model with the path of its file from the package on, or from the working folder."""
-    return _PACKAGES.sub("", source).removeprefix(f"{Path.cwd()}/")
+    return _PACKAGES.sub("", source).removeprefix(f"{Path.cwd()}/").removeprefix(_OURS)
 
 
 def sites(report: Report, layers: list[Layer]) -> list[Site]:

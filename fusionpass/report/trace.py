@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..runtime.notes import Memory
 from .nodes import NodeRecord
-from .records import Record, Site
+from .records import Record, Site, Time
 
 __all__ = ["GraphTrace", "ModelGraph", "PieceRecord", "Record", "Report", "Site"]
 
@@ -28,6 +30,7 @@ class GraphTrace:
         mains: what makes each of these a program, by name.
         sources: the code that Inductor generated.
         origins: for a kernel in that code, the nodes that it computes; only where graphs are dumped.
+        assembly: PTX or AMD's assembly of our kernels, by names of files; only where it is asked for.
         kernels: how many kernels that code defines.
         skipped: why the passes left it alone; empty if they did not.
         seconds: of each pass.
@@ -45,6 +48,7 @@ class GraphTrace:
     mains: dict[str, str] = field(default_factory=dict)
     sources: list[str] = field(default_factory=list)
     origins: dict[str, list[str]] = field(default_factory=dict)
+    assembly: dict[str, str] = field(default_factory=dict)
     kernels: int = 0
     skipped: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -122,10 +126,12 @@ class Report:
         graphs: a `GraphTrace` per compiled graph, in order: pieces that are alike have one in common. The same site
             compiled again (another shape, prefill and decode) is one record in `fused`, `refused` and `missed`, with
             the graphs that have it.
+        times: what `measure` found, by the index of the compiled graph and the name of the op's node.
     """
 
     def __init__(self, title: str = "") -> None:
         self.title = title
+        self.times: dict[tuple[int, str], Time] = {}
         self.model_graphs: list[ModelGraph] = []
         self.graphs: list[GraphTrace] = []
         self.graph_memory: Callable[[], Memory] = lambda: Memory((), 0)
@@ -229,7 +235,24 @@ class Report:
             }
             for graph in self.model_graphs
         ]
-        return {"title": self.title, "kernels": self.kernels, "graphs": graphs, "model_graphs": models, **kinds}
+        times = [{"graph": graph, "node": node, **dataclasses.asdict(t)} for (graph, node), t in self.times.items()]
+        told = {"title": self.title, "kernels": self.kernels, "graphs": graphs, "model_graphs": models, "times": times}
+        return {**told, **kinds}
+
+    def measure(self, device: torch.device | str | None = None, progress: bool | None = None) -> None:
+        """Time each fused op of each distinct layer here, beside the operators that it replaced; see `times`.
+
+        Both run on random inputs of the traced shapes, on one set of buffers; on a GPU as CUDA graphs of many calls, so
+        that the host does not count. What is replaced is compiled by Inductor without our passes. Ops of symbolic sizes
+        are left out, with the reason.
+
+        Args:
+            device: "cuda" or "cpu"; None: a GPU where there is one.
+            progress: show a bar; None: where stderr is a terminal.
+        """
+        from .times import measure
+
+        measure(self, device, progress)
 
     def write_html(self, path: str | Path) -> Path:
         """Write the report as one HTML page that needs nothing else; see `report/html.py`.

@@ -95,7 +95,7 @@ def test_mistakes_are_told_without_a_traceback(capsys):
         ("norm.add is disabled by Config.disable", 'Take "norm.add" out of Config.disable (FUSIONPASS_DISABLE).'),
         (
             "matched 6 of 8 nodes, then at mul: expected a cast to bfloat16 to read it, found aten.relu.default",
-            "Write a cast to bfloat16 to read it there, where the model has aten.relu.default, or add",
+            "Let a cast to bfloat16 follow mul directly, where the model has aten.relu.default, or add",
         ),
         (
             "matched 1 of 2 nodes, then at b: it has a second output",

@@ -1,5 +1,7 @@
 """fusionpass dump, aot and bench."""
 
+import sys
+
 import pytest
 
 from fusionpass import cli
@@ -60,3 +62,10 @@ def test_bench_runs_a_module_of_the_checkout(capsys):
 def test_bench_says_what_there_is_not(capsys):
     assert cli.main(["bench", "kernel"]) == 2
     assert "there is no bench/kernel.py" in capsys.readouterr().err
+
+
+def test_bench_draws_what_was_measured(monkeypatch):
+    ran = []
+    monkeypatch.setattr("runpy.run_module", lambda name, **_: ran.append((name, sys.argv[1:])))
+    assert cli.main(["bench", "--plot", "plots", "kernels", "--op", "rms_norm"]) == 0
+    assert ran == [("bench.kernels", ["--op", "rms_norm"]), ("bench.plot", ["--out", "plots"])]

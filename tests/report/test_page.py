@@ -9,6 +9,7 @@ import torch
 
 import fusionpass
 from fusionpass import Arch, Config
+from fusionpass.commands.load import load
 from fusionpass.report.advice import advise
 from fusionpass.report.html import contents
 from fusionpass.report.trace import Report
@@ -56,17 +57,23 @@ def _kinds(page: Any) -> set[str]:
 
 
 def test_each_filter_changes_what_is_shown(opened: Any, report: Report) -> None:
-    page = opened(report)
+    assert report.fused
+    assert report.refused
+    assert report.missed
+    _try_the_filters(opened(report), report, "EXPECTED a cast")
+
+
+def _try_the_filters(page: Any, report: Report, words: str) -> None:
+    """Each filter alone shows the sites that the report has of it; `words` are in some reason or line."""
     records = {kind: getattr(report, kind) for kind in ("fused", "refused", "missed")}
-    total = sum(map(len, records.values()))
-    assert all(records.values()), "something of each kind"
-    assert (_shown(page), _kinds(page)) == (total, set(records))
+    everything = [record for kind in records.values() for record in kind]
+    there, total = {kind for kind, found in records.items() if found}, len(everything)
+    assert (_shown(page), _kinds(page)) == (total, there)
     for kind in records:
         page.uncheck(f"#kinds [name={kind}]")
-        assert _kinds(page) == set(records) - {kind}
+        assert _kinds(page) == there - {kind}
         assert _shown(page) == total - len(records[kind])
         page.check(f"#kinds [name={kind}]")
-    everything = [record for kind in records.values() for record in kind]
     for field in ("op", "rule"):
         names = {getattr(record, field) for record in everything} - {""}
         assert set(page.eval_on_selector_all(f"#{field} option", "all => all.map(one => one.value)")) == names | {""}
@@ -74,12 +81,54 @@ def test_each_filter_changes_what_is_shown(opened: Any, report: Report) -> None:
             page.select_option(f"#{field}", name)
             assert _shown(page) == sum(getattr(record, field) == name for record in everything)
         page.select_option(f"#{field}", "")
-    page.fill("#text", "EXPECTED a cast")
-    assert _shown(page) == sum("expected a cast" in record.reason for record in everything) > 0
+    page.fill("#text", words)
+    told = [(site["count"], f"{site['reason']}\n{site['source']}".lower()) for site in contents(report)["sites"]]
+    assert _shown(page) == sum(count for count, text in told if words.lower() in text) > 0
     page.fill("#text", "no such words")
     assert _shown(page) == 0
     page.click("text=Clear")
     page.get_by_text(f"{total} of {total} sites").wait_for()
+
+
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"], "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "config", "words"),
+    [("llama", SMOLLM2, "modeling_llama"), ("qwen3", QWEN3, "modeling_qwen3")],
+    ids=["SmolLM2-135M", "Qwen3-8B"],
+)
+def test_whole_models(opened: Any, tmp_path: Path, kind: str, config: dict[str, Any], words: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.AutoConfig.for_model(kind, **config).save_pretrained(tmp_path / "model")
+    program = load(str(tmp_path / "model"), 16)
+    program.quantize("fp8_token")
+    report = program.explain(Config(target=Arch("sm_90")))
+    layers = config["num_hidden_layers"]
+    fusionpass.assert_fused(report, "add_rms_norm_quantize", 2 * layers - 1)
+    assert len(report.write_html(tmp_path / "report.html").read_bytes()) < 2 * 2**20
+    page = opened(report)
+    _try_the_filters(page, report, words)
+    page.click("#tab-layers")
+    choices = page.locator("#chooser button")
+    assert f"model.layers.1 and {layers - 2} alike" in choices.all_inner_texts()
+    for index in range(choices.count()):
+        choices.nth(index).click()
+        for side in ("before", "after"):
+            nodes = page.locator(f"#graph .group [data-side={side}]")
+            assert nodes.count()
+            nodes.first.click()
+            assert "Line of the model" in page.inner_text("#details")
+    page.click("#tab-run")
+    assert page.locator("#run table").count()
 
 
 def test_a_module_in_the_tree_filters_and_opens_its_layer(opened: Any, report: Report) -> None:
