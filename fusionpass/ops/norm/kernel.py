@@ -12,7 +12,7 @@ from ..rounding import rounded, widened
 
 @triton.jit
 def normalised(h, eps, inside, WIDTH: tl.constexpr, CENTRE: tl.constexpr):
-    """float32 rows `h` (zero outside) over their root mean square; with CENTRE their deviations over the standard one."""
+    """float32 rows `h` (zero outside) over their root mean square; with CENTRE deviations over the standard one."""
     if CENTRE:
         h = tl.where(inside, h - tl.sum(h, 1, keep_dims=True) / WIDTH, 0.0)
     variance = tl.sum(h * h, 1, keep_dims=True) / WIDTH
