@@ -6,6 +6,7 @@ that they check is compared with the text that they had: equal text means that D
 
 import dataclasses
 import functools
+import hashlib
 import importlib
 import io
 import pickle
@@ -121,12 +122,14 @@ class Trace:
         backend: the global under which the bytecode finds the compiled graph.
         payload: the rest, for `rebuild`. It holds pickles: the caller vouches for where it comes from.
         traced: the functions that Dynamo went through, by module and name, with what they consist of.
+        guards: a hash of what its guards check.
         inputs: shapes (None: any size) of the tensors that it was given, by source, to turn calls down quickly.
     """
 
     backend: str
     payload: bytes
     traced: list[tuple[str, str, str]]
+    guards: str
     inputs: dict[str, list[int | None]]
 
 
@@ -177,7 +180,8 @@ def save(recorded: Recorded, original: types.CodeType, made: types.CodeType, sco
         payload = _pickled(state)
     except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
         raise UnsaveableError(f"a guard or its bytecode cannot be kept: {error}") from error
-    return Trace(backends[0], payload, traced, _inputs(recorded))
+    guards = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    return Trace(backends[0], payload, traced, guards, _inputs(recorded))
 
 
 class _Pickler(pickle.Pickler):

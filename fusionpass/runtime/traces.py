@@ -6,7 +6,6 @@ where what it read is as it was.
 """
 
 import dataclasses
-import hashlib
 import importlib
 import logging
 import pickle
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import inductor
@@ -35,6 +35,9 @@ log = logging.getLogger("fusionpass")
 KEPT = 16
 """Traces of one frame, for one model: of other inputs, modes, values. In the order in which they were made, so that a
 size that one was made for has it here too, and not a later one that takes any."""
+
+TRIED = 4
+"""Traces whose guards are built for a call before Dynamo traces it: each costs a fraction of that."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,13 @@ class Traces:
         self._refused = ""
         base = self._base(frame)
         index = self._cache.load(base) if base else None
+        tried = 0
         for key in index.meta["entries"] if index is not None else ():
             entry = self._cache.load(key)
             if entry is None or not inductor.fits(entry.meta["inputs"], frame.f_locals, frame.f_globals):
                 continue
+            if (tried := tried + 1) > TRIED:
+                break
             found = self._rebuilt(entry, frame, filter_guards)
             if isinstance(found, inductor.Rebuilt):
                 return found
@@ -110,6 +116,10 @@ class Traces:
         program = _packed(made[0].program)
         if isinstance(program, str):
             return program
+        known = {id(part) for module in _modules(frame) for part in module.modules()}
+        for value in recorded.values.values():
+            if isinstance(value, torch.nn.Module) and id(value) not in known:
+                return f"it uses a {type(value).__qualname__} that is not among what it was called with"
         try:
             trace = inductor.save(recorded, frame.f_code, code, frame.f_globals)
         except inductor.UnsaveableError as error:
@@ -121,6 +131,7 @@ class Traces:
         meta = {
             "backend": trace.backend,
             "traced": trace.traced,
+            "guards": trace.guards,
             "inputs": trace.inputs,
             "modules": sorted(modules),
             "sources": sources,
@@ -129,7 +140,7 @@ class Traces:
             "record": _record(made[0].record, program),
         }
         payload = pickle.dumps((trace.payload, _constants(made[0].program)))
-        key = digest(base, hashlib.sha256(payload).hexdigest(), repr(sources))
+        key = digest(base, trace.guards, sources)
         if reason := self._cache.save(key, Entry(payload, meta)):
             return reason
         index = self._cache.load(base)
@@ -142,7 +153,7 @@ class Traces:
         Empty where none is kept.
         """
         self._unknown = ""
-        modules = [value for value in frame.f_locals.values() if isinstance(value, torch.nn.Module)]
+        modules = _modules(frame)
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         given = [value for value in frame.f_locals.values() if isinstance(value, torch.Tensor)]
         common = self._session.common_key((), [*tensors, *given])
@@ -170,7 +181,7 @@ class Traces:
         try:
             payload, constants = pickle.loads(entry.payload)
             traced = [tuple(one) for one in meta["traced"]]
-            trace = inductor.Trace(meta["backend"], payload, traced, meta["inputs"])
+            trace = inductor.Trace(meta["backend"], payload, traced, meta["guards"], meta["inputs"])
             local, scope = dict(frame.f_locals), frame.f_globals
 
             def graph() -> Callable[..., Any] | str:
@@ -197,6 +208,10 @@ class Traces:
         return self._session.run(record, _unpacked(packed, pieces, constants), meta["assumed"])
 
 
+def _modules(frame: Any) -> list[torch.nn.Module]:
+    return [value for value in frame.f_locals.values() if isinstance(value, torch.nn.Module)]
+
+
 def _structure(module: torch.nn.Module, identities: Identities) -> Iterator[str]:
     """What modules a module consists of, and which weights they hold: Dynamo does not guard all of it.
 
@@ -212,11 +227,14 @@ def _structure(module: torch.nn.Module, identities: Identities) -> Iterator[str]
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     ):
-        plain = tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor)
-        storage = tensor.untyped_storage()._cdata if plain else id(tensor)
-        memory = memories.setdefault(storage, len(memories))
-        layout = f"{tuple(tensor.shape)} {tensor.stride()} {tensor.storage_offset()} of {memory}"
-        yield f"{name} {type(tensor).__qualname__} {tensor.dtype} {tensor.device} {layout}"
+        if is_lazy(tensor):
+            raise UnknownError(f"{name} has no shape yet")
+        text = f"{name} {type(tensor).__qualname__} {tensor.dtype} {tensor.device} {tuple(tensor.shape)}"
+        if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+            yield f"{text} {tensor.layout}"
+            continue
+        memory = memories.setdefault(tensor.untyped_storage()._cdata, len(memories))
+        yield f"{text} {tensor.stride()} {tensor.storage_offset()} of {memory}"
 
 
 def _packed(program: Program) -> dict[str, Any] | str:

@@ -268,6 +268,39 @@ def test_what_is_not_kept_says_why(made: torch.nn.Module, reason: str, tmp_path:
         assert reason in str(fusionpass.report(compiled))
 
 
+GLOBAL = torch.nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+
+
+def test_a_module_that_it_was_not_called_with_is_not_looked_into(tmp_path: Path, traced: list[int]) -> None:
+    for _ in range(2):
+        torch._dynamo.reset()
+        compiled = fusionpass.compile(by_a_global, cache=True, cache_dir=tmp_path)
+        with torch.no_grad():
+            assert torch.allclose(compiled(X), by_a_global(X), atol=1e-5)
+        assert "a Linear that is not among what it was called with" in str(fusionpass.report(compiled))
+    assert len(traced) == 2
+
+
+def by_a_global(x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = GLOBAL(x) * 2
+    return result
+
+
+def test_functions_start_from_it_too(tmp_path: Path, traced: list[int]) -> None:
+    for _ in range(2):
+        torch._dynamo.reset()
+        compiled = fusionpass.compile(twice, cache=True, cache_dir=tmp_path)
+        with torch.no_grad():
+            assert torch.allclose(compiled(X, 3.0), twice(X, 3.0), atol=1e-5)
+    assert len(traced) == 1
+    with torch.no_grad():
+        assert torch.allclose(compiled(X, 5.0), twice(X, 5.0), atol=1e-5)
+
+
+def twice(x: torch.Tensor, by: float) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, (WIDTH,)) * by
+
+
 def test_without_a_cache_nothing_is_kept(model: Stack, tmp_path: Path, traced: list[int]) -> None:
     for options in ({"cache": False}, {"dump_dir": tmp_path / "dump"}, {"verify": True}):
         for _ in range(2):
