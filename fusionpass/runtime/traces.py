@@ -230,7 +230,8 @@ def _structure(module: torch.nn.Module, identities: Identities) -> Iterator[str]
         if is_lazy(tensor):
             raise UnknownError(f"{name} has no shape yet")
         text = f"{name} {type(tensor).__qualname__} {tensor.dtype} {tensor.device} {tuple(tensor.shape)}"
-        if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+        wraps: bool = is_traceable_wrapper_subclass(tensor)
+        if wraps or tensor.layout is not torch.strided:
             yield f"{text} {tensor.layout}"
             continue
         memory = memories.setdefault(tensor.untyped_storage()._cdata, len(memories))
