@@ -40,7 +40,8 @@ def compile(model: F, config: Config | None = None, **overrides: Any) -> F:
     made = Config.make(config, overrides)
     if isinstance(model, torch.nn.Module):
         session = Session(made, type(model).__name__)
-        model.compile(backend=session, **inductor.compile_options(made.guards))
+        with inductor.traces_of(session.traces):
+            model.compile(backend=session, **inductor.compile_options(made.guards))
         if hasattr(model, "get_compiled_call"):
             # transformers' generate would compile the model once more around this, for itself, and leave us out.
             vars(model)["get_compiled_call"] = types.MethodType(_compiled_call, model)
@@ -49,7 +50,8 @@ def compile(model: F, config: Config | None = None, **overrides: Any) -> F:
     if not callable(model):
         raise ConfigError(f"{type(model).__name__} is neither a module nor a function", "compile")
     session = Session(made, getattr(model, "__name__", type(model).__name__))
-    compiled = torch.compile(model, backend=session, **inductor.compile_options(made.guards))
+    with inductor.traces_of(session.traces):
+        compiled = torch.compile(model, backend=session, **inductor.compile_options(made.guards))
     _SESSIONS[compiled] = session
     return compiled  # type: ignore[return-value]
 

@@ -40,7 +40,7 @@ class Config:
             function.
         graph_limit: how many CUDA graphs are kept; the least recently used is dropped.
         graph_memory: how many MiB they may hold together; None: no limit.
-        cache: keep compiled pieces on disk, so that the next process starts warm.
+        cache: keep compiled pieces and Dynamo's traces on disk, so that the next process starts warm.
         cache_dir: where; None: "fusionpass" in the user's cache folder.
         guards: what is checked at each call: "all" that Dynamo read, or its "inputs" alone, so that a call of a deep
             model returns sooner. With "inputs", compile again after any change of the model, of its mode or of a

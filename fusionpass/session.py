@@ -23,6 +23,8 @@ from .runtime.build import Builder, Request
 from .runtime.cache import Cache, CacheWarning, Entry
 from .runtime.cuda_graphs import Graphs
 from .runtime.keys import digest, environment, source_digest
+from .runtime.program import Program
+from .runtime.traces import Made, Traces
 
 log = logging.getLogger("fusionpass")
 inductor.register_logs()
@@ -52,6 +54,7 @@ class Session:
         self._codes: dict[str, list[_Code]] = {}
         self._dumped: dict[Path, dict[int, str]] = {}
         self._cache = _cache(config)
+        self.traces = None if self._cache is None else Traces(self, self._cache)
         alone = config.cuda_graphs == "piecewise"
         self._builder = Builder(self._piece, config.boundaries, alone)
 
@@ -71,10 +74,20 @@ class Session:
             write_index(folder)
         self._judge(self.report.graphs[known:])
         self._tell(record, self.report.graphs[known:])
-        if trains:
-            return program.run
-        sizes = [value for value in inputs if isinstance(value, torch.SymInt)]
-        program = replace(program, holds=inductor.size_check(sizes))
+        assumed = inductor.guards([value for value in inputs if isinstance(value, torch.SymInt)])
+        if self.traces is not None:
+            self.traces.made.append(Made(record, program, assumed, trains))
+        return program.run if trains else self.run(record, program, assumed)
+
+    def run(self, record: ModelGraph, program: Program, assumed: str | None) -> Callable[..., Any]:
+        """What Dynamo calls for a program, under CUDA graphs.
+
+        Args:
+            record: told of how it is replayed.
+            program: any that serves inference.
+            assumed: of the sizes among its inputs.
+        """
+        program = replace(program, holds=inductor.size_check(assumed))
         run = self.graphs.wrap(program, f"graph {record.index}")
         record.replay = self.graphs.notes[-1]
         return run
@@ -118,6 +131,8 @@ class Session:
                 return code.compiled
         trace = self.report.new_trace()
         note(trace.index)
+        if self.traces is not None:
+            self.traces.called.update(function.__module__ for function in request.fingerprint.functions)
         key = self._key(request)
         compiled = self._load(key, request, trace) or self._compile(key, request, trace)
         self._codes.setdefault(name, []).append(_Code(compiled, trace.index))
@@ -150,35 +165,75 @@ class Session:
             save=key is not None,
             origins=keep,
         )
+        kept = None
         if key is not None and compiled.payload is not None and self._cache is not None:
-            meta = {"trace": trace.to_dict(), **compiled.facts()}
+            meta = {"trace": trace.to_dict(), "fingerprint": request.fingerprint.digest(), **compiled.facts()}
             if reason := self._cache.save(key, Entry(compiled.payload, meta)):
                 log.warning("not cached: %s", reason)
-        return replace(compiled, payload=None)
+            else:
+                kept = key
+        return replace(compiled, payload=None, key=kept)
+
+    def restored(self, keys: Sequence[str]) -> dict[str, tuple[inductor.Compiled, int]] | str:
+        """Pieces from the cache, each with the index of its `GraphTrace`; or why not, and then nothing changed."""
+        known = {code.compiled.key: code for codes in self._codes.values() for code in codes}
+        found = {}
+        for key in dict.fromkeys(keys):
+            if key not in known:
+                entry = self._cache.load(key) if self._cache is not None else None
+                compiled = None if entry is None else self._restored(key, entry)
+                if entry is None or compiled is None:
+                    return "a piece is no longer in the cache"
+                found[key] = compiled, entry.meta
+        misses = any(meta["trace"]["refused"] or meta["trace"]["missed"] for _, meta in found.values())
+        if misses and self.config.on_miss == "error":
+            return "sites did not fuse"
+        first = len(self.report.graphs)
+        for key, (compiled, meta) in found.items():
+            trace = self.report.new_trace()
+            trace.update(meta["trace"])
+            known[key] = _Code(compiled, trace.index)
+            self._codes.setdefault(meta["fingerprint"], []).append(known[key])
+        self._judge(self.report.graphs[first:])
+        return {key: (known[key].compiled, known[key].graph) for key in keys}
 
     def _key(self, request: Request) -> str | None:
         """What the piece is kept under on disk; None where it is not kept."""
-        if self._cache is None or self._folders() or self.config.verify or request.fingerprint.unsaveable:
+        if request.fingerprint.unsaveable:
+            return None
+        common = self.common_key(request.fingerprint.functions, request.inputs)
+        return None if common is None else digest(*common, request.fingerprint.text)
+
+    def common_key(self, functions: Sequence[Callable[..., Any]], inputs: Sequence[Any]) -> tuple[str, ...] | None:
+        """What all keys of this session contain; None where nothing is kept.
+
+        Args:
+            functions: of the user's, whose sources count too.
+            inputs: tensors on the devices that code is for.
+        """
+        if self._cache is None or self._folders() or self.config.verify:
             return None
         config, own = self.config, [op for op in OPS.values() if op.namespace != "fusionpass"]
         kernels = [backend.plan for op in own for backend in op.backends]
-        functions = [
-            *request.fingerprint.functions,
-            *pipeline.own_functions(config),
-            *(op.reference for op in own),
-            *kernels,
-        ]
-        sources, options = source_digest(functions), inductor.options_digest()
+        references = [op.reference for op in own]
+        sources = source_digest([*functions, *pipeline.own_functions(config), *references, *kernels])
+        options = inductor.options_digest()
         if sources is None or options is None:
             return None
         gemm = sorted(config.gemm.items())
-        choices = (sorted(config.disable), gemm, config.numerics, str(config.target), inductor.hardware(request.inputs))
-        return digest(*environment(), request.fingerprint.text, repr(choices), options, sources)
+        choices = (sorted(config.disable), gemm, config.numerics, str(config.target), inductor.hardware(inputs))
+        return (*environment(), repr(choices), options, sources)
 
     def _load(self, key: str | None, request: Request, trace: GraphTrace) -> inductor.Compiled | None:
         entry = self._cache.load(key) if key is not None and self._cache is not None else None
-        if entry is None or not inductor.holds(entry.meta["guards"], request.inputs):
+        if key is None or entry is None or not inductor.holds(entry.meta["guards"], request.inputs):
             return None
+        compiled = self._restored(key, entry)
+        if compiled is not None:
+            trace.update(entry.meta["trace"])
+        return compiled
+
+    def _restored(self, key: str, entry: Entry) -> inductor.Compiled | None:
         try:
             call = inductor.restore(entry.payload)
         except Exception as error:  # whatever torch raises: a cache may not stop a model
@@ -186,8 +241,7 @@ class Session:
                 f"a cached piece could not be loaded: {error!r}; it is compiled anew", CacheWarning, stacklevel=2
             )
             return None
-        trace.update(entry.meta["trace"])
-        return inductor.Compiled.of(call, entry.meta)
+        return replace(inductor.Compiled.of(call, entry.meta), key=key)
 
     def _warn_of_storm(self) -> None:
         reasons = self.report.recompiles

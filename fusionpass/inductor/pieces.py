@@ -64,6 +64,7 @@ class Compiled:
         mutated: the inputs that it writes to, by position.
         uncapturable: why it cannot be in a CUDA graph; empty if it can.
         rows: as `runtime.program.Step.rows`.
+        key: what it is kept under on disk; None where it is not.
     """
 
     call: Callable[..., Any]
@@ -72,9 +73,10 @@ class Compiled:
     mutated: tuple[int, ...] = ()
     uncapturable: str = ""
     rows: dict[str, tuple[int | None, ...] | str] = field(default_factory=dict)
+    key: str | None = None
 
     def facts(self) -> dict[str, Any]:
-        """All but the code, as plain JSON values."""
+        """All but the code and its key, as plain JSON values."""
         return {"guards": self.guards, "mutated": self.mutated, "uncapturable": self.uncapturable, "rows": self.rows}
 
     @staticmethod

@@ -28,12 +28,10 @@ def holds(guards: str | None, inputs: Sequence[Any]) -> bool:
     return bool(env.evaluate_guards_expression(guards, hints)) and bool(env.evaluate_guards_expression(guards, symbols))
 
 
-def size_check(sizes: Sequence[torch.SymInt]) -> Callable[..., bool]:
-    """Whether everything that was assumed of `sizes` so far holds for numbers in their place."""
-    if not sizes:
-        return lambda *numbers: True
-    env, expression = _env(sizes), _assumed(sizes)
-    return lambda *numbers: expression is None or bool(env.evaluate_guards_expression(expression, list(numbers)))
+def size_check(assumed: str | None) -> Callable[..., bool]:
+    """Whether what `guards` found in some sizes holds for numbers in their place."""
+    env = ShapeEnv()
+    return lambda *numbers: assumed is None or bool(env.evaluate_guards_expression(assumed, list(numbers)))
 
 
 def _assumed(sizes: Sequence[torch.SymInt]) -> str | None:

@@ -94,6 +94,15 @@ def options_digest() -> str | None:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def dynamo_digest() -> str:
+    """A hash of Dynamo's options: they change what it traces, and what it guards."""
+    from torch._dynamo import config as dynamo_config
+
+    options = dynamo_config.save_config_portable()
+    parts = [(name, sorted(map(repr, v)) if isinstance(v, set | frozenset) else v) for name, v in options.items()]
+    return hashlib.sha256(repr(sorted(parts, key=str)).encode()).hexdigest()
+
+
 def hardware(inputs: Sequence[Any]) -> list[str]:
     """The GPUs that code for `inputs` is made for."""
     devices = {x.device for x in inputs if isinstance(x, torch.Tensor) and x.device.type == "cuda"}

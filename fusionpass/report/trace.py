@@ -108,6 +108,8 @@ class ModelGraph:
         pieces: in order.
         masks: what was found of the masks of its attention.
         replay: how it runs under CUDA graphs, a `runtime.notes.ProgramNote`; None where it does not.
+        cached: whether Dynamo's trace, and all else with it, came from the cache on disk.
+        trace: why it did not, where one was kept that might have been it; or why it is not kept.
     """
 
     index: int
@@ -116,6 +118,8 @@ class ModelGraph:
     pieces: list[PieceRecord] = field(default_factory=list)
     masks: list[str] = field(default_factory=list)
     replay: Any = None
+    cached: bool = False
+    trace: str = ""
 
 
 class Report:
@@ -231,6 +235,8 @@ class Report:
                 "recompiled": graph.recompiled,
                 "pieces": [dataclasses.asdict(piece) for piece in graph.pieces],
                 "masks": graph.masks,
+                "cached": graph.cached,
+                "trace": graph.trace,
                 "replay": None if graph.replay is None else dataclasses.asdict(graph.replay),
             }
             for graph in self.model_graphs
@@ -283,6 +289,10 @@ class Report:
             lines.append(
                 f"  {len(self.pieces)} pieces, {self.distinct_pieces} distinct, {cached} of them from the cache"
             )
+        if any(graph.cached for graph in self.model_graphs):
+            traced = [str(graph.index) for graph in self.model_graphs if graph.cached]
+            lines.append(f"  not traced, but from the cache: graph {', '.join(traced)}")
+        lines += [f"  graph {g.index}: {g.trace}" for g in self.model_graphs if g.trace]
         counts = collections.Counter((r.op, r.scheme, r.backend) for r in fused)
         lines += [
             f"  {n:4} x {op}{f' {scheme}' if scheme else ''} ({backend})" for (op, scheme, backend), n in counts.items()

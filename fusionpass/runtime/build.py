@@ -35,6 +35,10 @@ class Code(Protocol):
     def rows(self) -> dict[str, tuple[int | None, ...] | str]:
         """As `Step.rows`."""
 
+    @property
+    def key(self) -> str | None:
+        """As `Step.key`."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -107,7 +111,7 @@ class Builder:
         for node in top.graph.nodes:
             if node.op == "get_attr":
                 constant = functools.reduce(getattr, node.target.split("."), top)
-                steps.append(Step(node.target, _Constant(constant), (), (count,), constant=True))
+                steps.append(Step(node.target, Constant(constant), (), (count,), constant=True))
                 slots[node], count = count, count + 1
             elif node.op == "call_module":
                 piece = pieces[node.target]
@@ -122,7 +126,9 @@ class Builder:
                 request = _request(piece.module, known.get(node.target), inputs)
                 code = self.compile_piece(request, functools.partial(self._note, record, piece))
                 mutated.update(given[i] for i in code.mutated)
-                steps.append(Step(piece.name, code.call, given, outputs, (), code.uncapturable, code.rows))
+                steps.append(
+                    Step(piece.name, code.call, given, outputs, (), code.uncapturable, code.rows, key=code.key)
+                )
             elif node.target is getitem:
                 slots[node] = slots[node.args[0]][node.args[1]]
         results = tuple(slots[value] for value in _results(top))
@@ -137,12 +143,13 @@ class Builder:
 
 
 @dataclass(frozen=True)
-class _Constant:
+class Constant:
     """A step that returns one value."""
 
     value: Any
 
     def __call__(self) -> tuple[Any]:
+        """The value."""
         return (self.value,)
 
 

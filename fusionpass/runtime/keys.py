@@ -21,7 +21,7 @@ import torch
 from ..inductor import package_digest
 from ..tuning import store
 
-FORMAT = 1
+FORMAT = 2
 """The number of the cache's format; one more whenever its files, or what a payload is, change."""
 _KEYED = ("fusionpass", "torch", "triton")
 """Packages that `environment` stands for."""
@@ -92,6 +92,32 @@ def source_digest(functions: Iterable[Callable[..., Any]]) -> str | None:
     except (_UnknownError, OSError, ImportError, SyntaxError, ValueError):
         return None
     return digest(*parts, *(part for name in sorted(contents) for part in (name, contents[name])))
+
+
+def sources_of(modules: Iterable[str]) -> str | None:
+    """A hash of the files of modules, whoever installed them, and of all that they import, as `source_digest` sees it.
+
+    None: a file cannot be read, or changed after this process started.
+    """
+    try:
+        files = {name: _file(name) for name in set(modules) if name.partition(".")[0] not in _KEYED}
+        contents = _sources(set(files))
+    except (_UnknownError, OSError, ImportError, SyntaxError, ValueError):
+        return None
+    own = [part for name in sorted(files) for part in (name, files[name])]
+    return digest(*own, *(part for name in sorted(contents) for part in (name, contents[name])))
+
+
+def _file(name: str) -> bytes:
+    """The source of a loaded module; of Python's own nothing, as its version says it all."""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if file is None:
+        raise _UnknownError
+    if Path(file).is_relative_to(_STDLIB) and _INSTALLED.isdisjoint(Path(file).parts):
+        return b""
+    if os.stat(file).st_mtime > _STARTED:
+        raise _UnknownError
+    return Path(file).read_bytes()
 
 
 def _describe(value: Any, owners: set[str], seen: dict[int, int]) -> str:

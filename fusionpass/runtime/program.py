@@ -44,6 +44,7 @@ class Step:
         rows: for each symbol, the dimension of each output that counts it (None: it does not depend on the rows); or
             the reason why a row of an output depends on other rows. A symbol that is missing was not looked at.
         constant: it reads nothing and returns the same objects at each call.
+        key: what its code is kept under on disk; None where it is not.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Step:
     uncapturable: str = ""
     rows: dict[str, tuple[int | None, ...] | str] = field(default_factory=dict)
     constant: bool = False
+    key: str | None = None
 
 
 @dataclass(frozen=True)

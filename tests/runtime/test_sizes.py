@@ -29,7 +29,7 @@ def pair() -> list[torch.Tensor]:
 def test_what_is_assumed_of_sizes(pair: list[torch.Tensor]) -> None:
     assumed = guards(pair)
     assert holds(assumed, pair)
-    check = size_check([tensor.shape[0] for tensor in pair])  # type: ignore[misc]
+    check = size_check(guards([tensor.shape[0] for tensor in pair]))
     assert check(5, 7, 12)
     assert not check(5, 7, 13)
     assert not check(100, 7, 107)
