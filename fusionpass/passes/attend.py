@@ -131,9 +131,12 @@ def _joined(node: Node) -> Node | None:
 
 def _quantised(rows: Node) -> bool:
     """Whether a quantisation reads these rows, perhaps grouped otherwise."""
-    return any(
-        OPS.get(reader.target) is quantize or (is_view_of_rows(reader) and _quantised(reader)) for reader in rows.users
-    )
+
+    def by(reader: Node) -> bool:
+        target: Any = reader.target
+        return OPS.get(target) is quantize or (is_view_of_rows(reader) and _quantised(reader))
+
+    return any(map(by, rows.users))
 
 
 def share_heads(graph: Graph) -> None:

@@ -169,7 +169,7 @@ def _both(q: dict[str, Any], k: dict[str, Any]) -> tuple[dict[str, Any], dict[st
 
 def _coded(given: dict[str, Any], asked: dict[str, Any], own: str, its: str) -> dict[str, Any] | str:
     """What an op with codes of its own and of what is joined to it has as `own` scale (there: `its`) and scheme."""
-    scale, scheme = asked[its], asked.get("code_scheme", asked.get("scheme"))
+    scale, scheme = asked[its], str(asked.get("code_scheme", asked.get("scheme")))
     if not Scheme.parse(scheme).static:
         return f"{scheme!r} computes its scale"
     if scale is None:

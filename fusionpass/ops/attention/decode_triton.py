@@ -81,9 +81,9 @@ def _refuse(
     for name, t in {"k": k, "v": v}.items():
         if t.dtype != q.dtype and (reason := refuse_codes(arch, t.dtype)):
             return f"{name}: {reason}"
-    for name, t in {"k": k, "v": v, **others}.items():
-        if t is not None and t.device != q.device:
-            return f"{name} is on {t.device}, q on {q.device}"
+    for name, other in {"k": k, "v": v, **others}.items():
+        if other is not None and other.device != q.device:
+            return f"{name} is on {other.device}, q on {q.device}"
     for name, t in {"q": q, "k": k, "v": v}.items():
         width: Any = t.shape[3]
         if not isinstance(width, int) or not 0 < width <= WIDEST or width % 8:

@@ -197,7 +197,8 @@ def _by_rows(norm: Any, x: torch.Tensor, heads_dim: int, *rest: Any) -> torch.Te
         raise ArgumentError(f"heads_dim={heads_dim} for x of {tuple(x.shape)}", "norm_heads", "Pass that of the heads")
     rows = x.movedim(heads_dim, -2)
     made: torch.Tensor = norm(rows.flatten(-2), *rest)
-    return made.unflatten(-1, rows.shape[-2:]).movedim(-2, heads_dim)
+    apart: torch.Tensor = made.unflatten(-1, rows.shape[-2:])
+    return apart.movedim(-2, heads_dim)
 
 
 def _norm_of_rows(**arguments: Any) -> torch.Tensor:

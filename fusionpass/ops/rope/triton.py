@@ -293,7 +293,7 @@ def _plan(
     parts = {"qk": k is not None, "norm": normed, "rope": cos is not None, "cache": k_cache is not None}
     name = "_".join(part for part, there in parts.items() if there)
     key = table_key(heads, key_heads, width)
-    cut = rule if whole else choose(rule, name, key, arch, count, reach=2, refuse=refuse_cut)
+    cut: Any = rule if whole else choose(rule, name, key, arch, count, reach=2, refuse=refuse_cut)
     if isinstance(cut, str):
         return cut
     key_blocks = -(-key_heads // cut.heads)
