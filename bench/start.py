@@ -59,7 +59,7 @@ def child(variant: str, options: argparse.Namespace) -> dict[str, Any]:
         _wait(options.device)
         start, worked = time.perf_counter(), time.process_time()
         if variant == "fusionpass":
-            fusionpass.compile(made, cache_dir=os.environ["BENCH_START_CACHE"])
+            fusionpass.compile(made, traces=True, cache_dir=os.environ["BENCH_START_CACHE"])
         else:
             made.compile()
         made(input_ids=ids, use_cache=False)

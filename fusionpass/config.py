@@ -40,7 +40,8 @@ class Config:
             function.
         graph_limit: how many CUDA graphs are kept; the least recently used is dropped.
         graph_memory: how many MiB they may hold together; None: no limit.
-        cache: keep compiled pieces and Dynamo's traces on disk, so that the next process starts warm.
+        cache: keep compiled pieces on disk, so that the next process starts warm.
+        traces: keep what Dynamo made of the model there, too, so that the next process does not trace it.
         cache_dir: where; None: "fusionpass" in the user's cache folder.
         guards: what is checked at each call: "all" that Dynamo read, or its "inputs" alone, so that a call of a deep
             model returns sooner. With "inputs", compile again after any change of the model, of its mode or of a
@@ -70,6 +71,7 @@ class Config:
     graph_limit: int = 64
     graph_memory: int | None = None
     cache: bool = True
+    traces: bool = False
     cache_dir: Path | None = None
     guards: str = "all"
     on_miss: str = "ignore"
@@ -84,7 +86,7 @@ class Config:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r} does not exist", "Config", nearest(str(value), choices))
-        for name in ("verify", "cache"):
+        for name in ("verify", "cache", "traces"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool", "Config", "Pass True or False")
         for name, example in (("disable", '{"norm.llama"}'), ("boundaries", '{"lib::op"}')):
@@ -206,7 +208,7 @@ def _from_environment(fields: Iterable[str]) -> Config:
             values[name] = [int(part) if part.strip().isdecimal() else part for part in text.split(",")]
         elif name in ("graph_limit", "graph_memory"):
             values[name] = int(text) if text.isdecimal() else text
-        elif name in ("verify", "cache"):
+        elif name in ("verify", "cache", "traces"):
             values[name] = {"1": True, "true": True, "0": False, "false": False}.get(text.lower(), text)
         else:
             values[name] = text

@@ -54,7 +54,7 @@ class Session:
         self._codes: dict[str, list[_Code]] = {}
         self._dumped: dict[Path, dict[int, str]] = {}
         self._cache = _cache(config)
-        self.traces = None if self._cache is None else Traces(self, self._cache)
+        self.traces = Traces(self, self._cache) if self._cache is not None and config.traces else None
         alone = config.cuda_graphs == "piecewise"
         self._builder = Builder(self._piece, config.boundaries, alone)
 

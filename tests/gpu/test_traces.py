@@ -19,7 +19,7 @@ QWEN = """
     with torch.device("cuda"):
         model = Qwen3ForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
     fusionpass.quantize_(model, "fp8_token", skip=("lm_head",))
-    fusionpass.compile(model, cache=True, cache_dir=sys.argv[1], cuda_graphs=sys.argv[2])
+    fusionpass.compile(model, cache=True, traces=True, cache_dir=sys.argv[1], cuda_graphs=sys.argv[2])
     results = []
     with torch.inference_mode():
         cache = StaticCache(config=config, max_cache_len=64)

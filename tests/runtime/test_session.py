@@ -20,12 +20,6 @@ from fusionpass.runtime.cache import CacheWarning
 from tests.runtime.test_pieces import WIDTH, Stack
 
 
-@pytest.fixture(autouse=True)
-def _pieces_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dynamo traces at each start; test_traces.py is about those that do not."""
-    monkeypatch.setattr(fusionpass.session, "Traces", lambda *_: None)
-
-
 @pytest.fixture
 def model() -> Stack:
     torch.manual_seed(0)

@@ -47,7 +47,7 @@ def start(model: Any, folder: Path, *inputs: Any, **options: Any) -> tuple[list[
     """What a new process would see, but for its addresses."""
     torch._dynamo.reset()
     torch._dynamo.pgo.get_code_state().clear()
-    compiled = fusionpass.compile(model, cache=True, cache_dir=folder, **options)
+    compiled = fusionpass.compile(model, cache=True, traces=True, cache_dir=folder, **options)
     with torch.no_grad():
         results = [compiled(x) for x in inputs]
     return results, fusionpass.report(compiled)
@@ -193,7 +193,7 @@ def test_modes_are_guarded(model: Stack, tmp_path: Path, traced: list[int]) -> N
     start(model, tmp_path, X)
     traced.clear()
     torch._dynamo.reset()
-    compiled = fusionpass.compile(model, cache=True, cache_dir=tmp_path)
+    compiled = fusionpass.compile(model, cache=True, traces=True, cache_dir=tmp_path)
     with torch.inference_mode():
         compiled(X)
     assert len(traced) == 1
@@ -261,7 +261,7 @@ def test_what_is_not_kept_says_why(made: torch.nn.Module, reason: str, tmp_path:
     for _ in range(2):
         traced.clear()
         torch._dynamo.reset()
-        compiled = fusionpass.compile(copy.deepcopy(made), cache=True, cache_dir=tmp_path)
+        compiled = fusionpass.compile(copy.deepcopy(made), cache=True, traces=True, cache_dir=tmp_path)
         with torch.set_grad_enabled(reason == "backward"):
             assert torch.allclose(compiled(X), made(X), atol=1e-5)
         assert traced
@@ -274,7 +274,7 @@ GLOBAL = torch.nn.Linear(WIDTH, WIDTH).requires_grad_(False)
 def test_a_module_that_it_was_not_called_with_is_not_looked_into(tmp_path: Path, traced: list[int]) -> None:
     for _ in range(2):
         torch._dynamo.reset()
-        compiled = fusionpass.compile(by_a_global, cache=True, cache_dir=tmp_path)
+        compiled = fusionpass.compile(by_a_global, cache=True, traces=True, cache_dir=tmp_path)
         with torch.no_grad():
             assert torch.allclose(compiled(X), by_a_global(X), atol=1e-5)
         assert "a Linear that is not among what it was called with" in str(fusionpass.report(compiled))
@@ -289,7 +289,7 @@ def by_a_global(x: torch.Tensor) -> torch.Tensor:
 def test_functions_start_from_it_too(tmp_path: Path, traced: list[int]) -> None:
     for _ in range(2):
         torch._dynamo.reset()
-        compiled = fusionpass.compile(twice, cache=True, cache_dir=tmp_path)
+        compiled = fusionpass.compile(twice, cache=True, traces=True, cache_dir=tmp_path)
         with torch.no_grad():
             assert torch.allclose(compiled(X, 3.0), twice(X, 3.0), atol=1e-5)
     assert len(traced) == 1
@@ -306,7 +306,9 @@ def test_without_a_cache_nothing_is_kept(model: Stack, tmp_path: Path, traced: l
         for _ in range(2):
             traced.clear()
             torch._dynamo.reset()
-            compiled = fusionpass.compile(model, **{"cache": True, "cache_dir": tmp_path / "cache", **options})
+            compiled = fusionpass.compile(
+                model, **{"cache": True, "traces": True, "cache_dir": tmp_path / "cache", **options}
+            )
             with torch.no_grad():
                 compiled(X)
             assert len(traced) == 1
@@ -330,7 +332,7 @@ def test_models_of_one_process_have_their_own(model: Stack, tmp_path: Path, trac
     models = [model, Stack(4).requires_grad_(False)]
     torch._dynamo.reset()
     for one in models:
-        fusionpass.compile(one, cache=True, cache_dir=tmp_path)
+        fusionpass.compile(one, cache=True, traces=True, cache_dir=tmp_path)
     with torch.no_grad():
         for one in models * 2:
             assert torch.allclose(one(X), eager(one, X), atol=1e-5)
@@ -365,7 +367,7 @@ MAIN = """
 OWN = """
     from helper import Model
     torch.manual_seed(0)
-    model = fusionpass.compile(Model().requires_grad_(False), cache=True, cache_dir=sys.argv[1])
+    model = fusionpass.compile(Model().requires_grad_(False), cache=True, traces=True, cache_dir=sys.argv[1])
     with torch.no_grad():
         results = [model(torch.ones(n, 16)) for n in (3, 5)]
     tell(model, results)
@@ -422,7 +424,7 @@ QWEN = """
     ids = torch.randint(1, 64, (1, 5))
     options = dict(max_new_tokens=4, do_sample=False, cache_implementation="static", disable_compile=False)
     expected = model.generate(ids, **options)
-    fusionpass.compile(model, cache=True, cache_dir=sys.argv[1])
+    fusionpass.compile(model, cache=True, traces=True, cache_dir=sys.argv[1])
     results = [model.generate(ids, **options), model.generate(ids, **options)]
     assert all(torch.equal(result, expected) for result in results), (results, expected)
     with torch.no_grad():

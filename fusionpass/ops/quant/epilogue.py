@@ -84,11 +84,8 @@ def store_scale(scales, value, row, group, rows, GROUPS: tl.constexpr, LAYOUT: t
 def pack(y, ROWS: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
     """[ROWS, BLOCK] float32 as e2m1 codes, two a byte: [ROWS, BLOCK / 2]. Nearest even, saturating; NaN gives 6."""
     # A minimum of two numbers of which one is NaN is the other; the sign of a NaN differs between processors.
-    if PAIRS:
-        a = tl.minimum(tl.abs(y), 6.0)
-    else:
-        y = tl.maximum(tl.minimum(y, 6.0), -6.0)
-        a = tl.abs(y)
+    y = tl.maximum(tl.minimum(y, 6.0), -6.0)
+    a = tl.abs(y)
     # Codes in the binade of `power` (below 1: of 1) are as far apart as floats in that of 2**22 * power: the sum is
     # rounded to a code's value, and ends in the steps from `power`. Each binade from 1 on has two codes.
     power = tl.maximum(a, 1.0).to(tl.int32, bitcast=True) & 0x7F800000
@@ -99,7 +96,6 @@ def pack(y, ROWS: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
     plus, minus = tl.split(tl.reshape(signs, [ROWS, BLOCK // 2, 2]))
     if PAIRS:
         # Eight at once: the last byte of each code and the first of each number are gathered, then masked together.
-        # What multiplies a NaN makes it positive here.
         packed = tl.inline_asm_elementwise(
             """
             {
