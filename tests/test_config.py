@@ -29,6 +29,7 @@ def test_defaults():
         "graph_limit": 64,
         "graph_memory": None,
         "cache": True,
+        "traces": False,
         "cache_dir": None,
         "guards": "all",
         "on_miss": "ignore",
@@ -150,6 +151,7 @@ ENVIRONMENT = [
     ("GRAPH_LIMIT", "3", "graph_limit", 3),
     ("GRAPH_MEMORY", "300", "graph_memory", 300),
     ("CACHE", "1", "cache", True),
+    ("TRACES", "1", "traces", True),
     ("CACHE_DIR", "some/folder", "cache_dir", Path("some/folder")),
     ("GEMM", "mxfp8=triton, nvfp4 = cublas", "gemm", {"mxfp8": "triton", "nvfp4": "cublas"}),
 ]
