@@ -170,7 +170,7 @@ def _plan(
         "total": Empty(shape, x.dtype) if residual_out else None,
     }
     block = max(fewest_columns(codes), cut.columns)
-    # Where other programs hide the wait, registers are worth more. With a residual, or without a bias, they are not.
+    # Where other programs hide the wait, registers are worth more; not for RMSNorm, nor with a residual.
     late = kind == "layer" and residual is None and codes is not None and (static(rows) or 0) >= MANY
     read_early = {"weight": weight, "bias": bias, "inner": inner_weight, "scale": scale}
     return Launch(
