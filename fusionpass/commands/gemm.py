@@ -14,7 +14,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rows", type=int, action="append", metavar="M", help="rows of x; several times (1, 64, 2048)")
     group.add_argument("--columns", type=int, default=4096, metavar="N", help="rows of w (4096)")
     group.add_argument("--k", type=int, default=4096, metavar="K", help="columns of both (4096)")
-    group.add_argument("--layout", default="linear", help="how a weight of blocks lies: linear, swizzled, trtllm or deepgemm (linear)")
+    group.add_argument(
+        "--layout", default="linear", help="how a weight of blocks lies: linear, swizzled, trtllm or deepgemm (linear)"
+    )
     group.add_argument("--out-dtype", default="bfloat16", help="of the result (bfloat16)")
 
 
