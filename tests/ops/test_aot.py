@@ -106,7 +106,11 @@ def _triton():
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
-@pytest.mark.parametrize("op", [op for op in WITH_KERNELS if op.name.endswith("_quantize")], ids=lambda op: op.name)
+# Attention's result is quantised by the few programs that combine its splits.
+OF_ROWS = [op for op in WITH_KERNELS if op.name.endswith("_quantize") and op.name != "attention_quantize"]
+
+
+@pytest.mark.parametrize("op", OF_ROWS, ids=lambda op: op.name)
 def test_numbers_of_16_bits_are_taken_two_at_a_time(op):
     plain = {"mod_scale": None, "mod_shift": None} if "layer" in op.name else {}
     text = compiled(op, "sm_90", **plain)

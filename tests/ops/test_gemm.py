@@ -141,7 +141,7 @@ def test_a_split_is_two_launches_that_share_their_sums(monkeypatch: pytest.Monke
 
 def several(**changes: Any) -> dict[str, Any]:
     """Arguments of three weights of 48, 32 and 16 columns."""
-    made: dict[str, Any] = {**arguments()}
+    made: dict[str, Any] = {name: value for name, value in arguments().items() if name != "algo"}
     for which, columns in (("_2", 32), ("_3", 16)):
         other = product_of(1, columns, 64)
         made |= {f"b{which}": other["b"], f"b_scale{which}": other["b_scale"]}
