@@ -57,7 +57,7 @@ def test_the_format_is_the_documented_one(cache):
     path = file_of(cache, "key")
     first, rest = path.read_bytes().split(b"\n", 1)
     checksum, body = rest[:32], rest[32:]
-    assert first == b"fusionpass cache 1"
+    assert first == b"fusionpass cache 2"
     assert checksum == hashlib.sha256(body).digest()
     head, payload = body.split(b"\n", 1)
     assert json.loads(head) == {"key": "key", "meta": META}
@@ -146,9 +146,9 @@ def test_something_behind_the_entry(cache):
 def test_an_entry_of_another_format(cache):
     path = file_of(cache, "key")
     body = path.read_bytes()[51:]
-    path.write_bytes(signed(b"fusionpass cache 1\n", body))
-    assert cache.load("key") is not None
     path.write_bytes(signed(b"fusionpass cache 2\n", body))
+    assert cache.load("key") is not None
+    path.write_bytes(signed(b"fusionpass cache 3\n", body))
     assert_bad(cache, "key", "damaged")
 
 

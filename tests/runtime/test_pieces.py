@@ -107,7 +107,7 @@ def built(gm: GraphModule, inputs: Sequence[Any], **options: Any) -> tuple[Progr
         if index == len(requests):
             requests.append(request)
         module = requests[index].module
-        return SimpleNamespace(call=module, mutated=(), uncapturable="", rows={})
+        return SimpleNamespace(call=module, mutated=(), uncapturable="", rows={}, key="")
 
     record = ModelGraph(0)
     program = Builder(compile_piece, **options).build(gm, inputs, record)
