@@ -135,6 +135,12 @@ class _FakeCopyOn(FakeCopyMode):
         self.device = device
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__deepcopy__ and _of_another_dtype(args[0]) and id(args[0]) not in args[1]:
+            tensor, memo = args
+            with self.fake_mode:
+                device = self.device or tensor.device
+                memo[id(tensor)] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            return memo[id(tensor)]
         made = super().__torch_function__(func, types, args, kwargs)
         if self.device is None or func not in (torch.Tensor.__deepcopy__, torch._C.TensorBase.clone):
             return made
@@ -142,3 +148,8 @@ class _FakeCopyOn(FakeCopyMode):
         if func is torch.Tensor.__deepcopy__:
             args[1][id(args[0])] = moved
         return moved
+
+
+def _of_another_dtype(tensor: torch.Tensor) -> bool:
+    """Whether `module.to(dtype)` left it a view of what it was before, of which PyTorch makes no fake tensor."""
+    return tensor._base is not None and tensor._base.dtype != tensor.dtype
