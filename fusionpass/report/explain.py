@@ -151,5 +151,5 @@ class _FakeCopyOn(FakeCopyMode):
 
 
 def _of_another_dtype(tensor: torch.Tensor) -> bool:
-    """Whether `module.to(dtype)` left it a view of what it was before, of which PyTorch makes no fake tensor."""
+    """Whether setting its `data` left it a view of another dtype, of which PyTorch makes no fake tensor."""
     return tensor._base is not None and tensor._base.dtype != tensor.dtype
