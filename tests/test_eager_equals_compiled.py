@@ -158,4 +158,5 @@ def test_every_op_in_every_scheme(dtype: torch.dtype, shape: tuple[int, int]) ->
                     raise AssertionError(f"{name}: {output}") from error
 
     examples()
-    assert len(fusionpass.report(compiled).fused) == len(catalog)
+    # What is written as two ops where no kernel takes it has two records of one node.
+    assert len({record.node for record in fusionpass.report(compiled).fused}) == len(catalog)
