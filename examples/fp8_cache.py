@@ -11,7 +11,7 @@ import fusionpass
 CONFIG = Qwen3Config(
     hidden_size=256,
     intermediate_size=512,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=64,

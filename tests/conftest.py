@@ -9,12 +9,13 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from fusionpass.errors import BuildError
+from tests.profiles import PROFILE
 
 QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
 # The same examples each time: what CI finds must be a change. The nightly profile draws new ones.
 settings.register_profile("ci", **QUIET, max_examples=500, derandomize=True)
 settings.register_profile("nightly", **QUIET, max_examples=20_000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+settings.load_profile(PROFILE)
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from fusionpass.op import OPS, Op
 from fusionpass.ops.quant import quantize, sample_scale
 from fusionpass.ops.quant.scheme import SCHEMES
 from fusionpass.testing import difference, ulp_distance
+from tests.profiles import NIGHTLY
 
 EXACT = torch.__version__ >= "2.13"
 """From 2.13 Inductor's C++ code rounds where eager mode does when asked to; 2.11's does not."""
@@ -31,8 +31,6 @@ OVERRIDES = (
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RUNS = [(torch.bfloat16, (5, 256)), (torch.float16, (5, 256)), (torch.float32, (5, 256)), (torch.bfloat16, (2, 33))]
 """256 is a width that every scheme takes; an odd one is for those that take it."""
-ALL = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-"""Else each pair of op and scheme is compiled in one of the dtypes: every third, since C++ takes its time."""
 APPROXIMATE = ("gelu", "layer_norm", "experts")
 """Inductor's C++ has an error function and a hyperbolic tangent of its own, no layer norm in one kernel as ATen, and
 products of a matrix and a vector that it sums in another order."""
@@ -52,13 +50,16 @@ def case(op: Op, scheme: str, dtype: torch.dtype) -> Case:
 
 
 def catalogue(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Case]:
-    """What the ops take of all this: every scheme with its overrides for `quantize`, the named ones for fused ops."""
+    """What the ops take of all this: every scheme with its overrides for `quantize`, the named ones for fused ops.
+
+    Each pair of op and scheme is compiled in one of the dtypes by day, every third, since C++ takes its time.
+    """
     ops = [op for op in OPS.values() if op.namespace == "fusionpass"]
     plain = [(op, "") for op in ops if "scheme" not in op.signature.parameters]
     pairs = [(op, scheme) for op in ops if (op, "") not in plain for scheme in SCHEMES]
     pairs += [(quantize, scheme) for scheme in OVERRIDES]
     inputs, found = values(shape, dtype, 0), {}
-    for op, scheme in [*plain, *(pairs if ALL else pairs[DTYPES.index(dtype) :: len(DTYPES)])]:
+    for op, scheme in [*plain, *(pairs if NIGHTLY else pairs[DTYPES.index(dtype) :: len(DTYPES)])]:
         made = case(op, scheme, dtype)
         # Not every scheme takes every width, and no rotation an odd one.
         with contextlib.suppress(FusionpassError) if scheme or shape[1] % 2 else contextlib.nullcontext():

@@ -12,7 +12,7 @@ EXAMPLES = {
     "backend_string": "Block: 2 fused, 0 refused, 0 missed; 1 graphs",
     "diffusers_transformer": "FluxTransformer2DModel: 10 fused, 1 refused, 0 missed; 1 graphs",
     "dump_and_diff": "Block: 1 fused, 0 refused, 0 missed; 1 graphs",
-    "fp8_cache": "Qwen3ForCausalLM: 9 fused, 0 refused, 0 missed; 2 graphs",
+    "fp8_cache": "Qwen3ForCausalLM: 5 fused, 0 refused, 0 missed; 2 graphs",
     "hf_generate": "LlamaForCausalLM: 6 fused, 0 refused, 0 missed; 2 graphs",
     "own_model": "Model: 2 fused, 0 refused, 0 missed; 1 graphs",
     "own_rule": "Norm: 1 fused, 0 refused, 0 missed; 1 graphs",

@@ -1,6 +1,7 @@
 """Hugging Face's `generate` through a compiled model: the same tokens, and few graphs for many lengths."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,13 @@ from fusionpass.errors import RecompileWarning
 
 transformers = pytest.importorskip("transformers")
 HOW: dict[str, Any] = {"max_new_tokens": 4, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def _without_a_compiler() -> Iterator[None]:
+    """Graphs are made, and every node in them calls ATen: what is asked here is how many graphs, and which tokens."""
+    with torch._inductor.config.patch(fallback_by_default=True):
+        yield
 
 
 def tiny() -> Any:
@@ -34,7 +42,7 @@ def tiny() -> Any:
 @pytest.mark.filterwarnings("error", category=RecompileWarning)
 def test_a_static_cache() -> None:
     model = tiny()
-    prompts = [torch.randint(3, 128, shape) for shape in ((1, 5), (1, 9), (1, 1), (3, 7), (2, 12), (1, 40))]
+    prompts = [torch.randint(3, 128, shape) for shape in ((1, 5), (1, 9), (1, 1), (3, 7), (1, 40))]
     how = HOW | {"cache_implementation": "static", "do_sample": False}
     expected = [model.generate(prompt, **how) for prompt in prompts]
     torch.manual_seed(1)

@@ -26,7 +26,7 @@ from fusionpass.rules import SPELLINGS
 from tests.grown import programs
 from tests.growths import Grown
 
-EXAMPLES = max(1, settings.default.max_examples // len(SPELLINGS))
+EXAMPLES = max(3, settings.default.max_examples // len(SPELLINGS) // 2)
 DECOMPOSITIONS = select_decomp_table()
 Function = Callable[..., Any]
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.conditions import ROOT, conditions
 from tests.guards import TABLE, incomplete
+from tests.profiles import NIGHTLY
 
 
 def test_the_table_is_complete() -> None:
@@ -68,7 +69,7 @@ def test_what_is_a_guard() -> None:
     }
 
 
-@pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "nightly", reason="it takes minutes: the nightly profile")
+@pytest.mark.skipif(not NIGHTLY, reason="it takes minutes: the nightly profile")
 def test_every_guard_matters() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     command = [sys.executable, "-m", "tests.guards"]

@@ -25,7 +25,8 @@ from tests.attention import (
 
 # No programmatic dependent launch in these: the interpreter has no grids to wait for.
 ARCH = Arch("sm_89")
-slow = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings.default.max_examples // 12
+slow = settings(max_examples=MANY, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,6 +13,7 @@ from fusionpass.commands.load import load
 from fusionpass.report.advice import advise
 from fusionpass.report.html import contents
 from fusionpass.report.trace import Report
+from tests.profiles import NIGHTLY
 from tests.report.stack import Stack, rows
 from tests.report.test_html import EVIL, evil_report
 
@@ -100,11 +101,16 @@ QWEN3 = {
 }  # fmt: skip
 
 
+BY_NIGHT = pytest.mark.skipif(not NIGHTLY, reason="the nightly profile")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "config", "words"),
-    [("llama", SMOLLM2, "modeling_llama"), ("qwen3", QWEN3, "modeling_qwen3")],
-    ids=["SmolLM2-135M", "Qwen3-8B"],
+    [
+        pytest.param("llama", SMOLLM2, "modeling_llama", id="SmolLM2-135M", marks=BY_NIGHT),
+        pytest.param("qwen3", QWEN3, "modeling_qwen3", id="Qwen3-8B"),
+    ],
 )
 def test_whole_models(opened: Any, tmp_path: Path, kind: str, config: dict[str, Any], words: str) -> None:
     transformers = pytest.importorskip("transformers")
