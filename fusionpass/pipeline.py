@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 from .config import Config
 from .op import Op
 from .passes.attend import join_heads, read_codes, share_heads
+from .passes.caches import slots_of_blocks
 from .passes.cleanup import cleanup
 from .passes.exact import keep_reductions
 from .passes.fuse import fuse
@@ -35,6 +36,7 @@ def early(config: Config, trace: GraphTrace) -> list[Pass]:
     spellings = [*(rule for rule in config.rules if isinstance(rule, Spelling)), *SPELLINGS]
 
     def recognised(graph: Graph) -> None:
+        slots_of_blocks(graph)
         recognise(graph, spellings, trace, config.disable, config.verify)
         mixtures(graph, trace, config.disable, config.verify)
 

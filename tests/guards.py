@@ -1,7 +1,7 @@
 """Every guard matters: `python -m tests.guards` takes each one away and runs a test that must then fail.
 
 tests/conditions.py says what a guard is, and tests/guards.json names a test for each;
-`python -m tests.guards --find` looks for those that are missing there.
+`python -m tests.guards --find` looks for those that are missing there, and `--only passes/caches` checks a part.
 
 The tests run in children forked behind pytest's collection, and there the guard's function gets other code.
 """
@@ -196,19 +196,21 @@ def main() -> int:
     """Check the table, or complete it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--find", nargs="*", metavar="PATH", help="complete tests/guards.json, with tests of these")
+    parser.add_argument("--only", default="", metavar="TEXT", help="check those guards whose names have it")
     arguments = parser.parse_args()
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    chosen = {name: test for name, test in table.items() if arguments.only in name}
     wrong: list[str] = []
 
     def work(tests: Tests) -> None:
         if arguments.find is not None:
             find(tests, table)
-        wrong.extend(incomplete(table) if arguments.find is not None else incomplete(table) + check(tests, table))
+        wrong.extend(incomplete(table) if arguments.find is not None else incomplete(table) + check(tests, chosen))
 
     if arguments.find is not None:
         files = [*(arguments.find or ["tests"]), *(f"--ignore={Path(__file__).parent / name}" for name in SLOW)]
     else:
-        files = sorted({test.partition("::")[0] for test in table.values()})
+        files = sorted({test.partition("::")[0] for test in chosen.values()})
     # Their timers and workers have no place in a child.
     plugins = [option for name in ("cacheprovider", "xdist", "timeout") for option in ("-p", f"no:{name}")]
     code = pytest.main(["-q", "-s", "--rootdir", str(ROOT), *plugins, *files], [_Plugin(work)])

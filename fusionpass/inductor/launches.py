@@ -10,6 +10,7 @@ import torch
 
 from ..launch import Empty, Launch
 from ..op import OPS
+from ..passes.inplace import WRITTEN_BACK
 from ..passes.lower import LAUNCH, Planned
 
 
@@ -17,6 +18,8 @@ def register_lowerings() -> None:
     """Teach Inductor to lower our ops: to the launch that `lower` planned, else to a call of the op."""
     from torch._inductor import lowering
 
+    if WRITTEN_BACK not in lowering.lowerings:
+        lowering.register_lowering(WRITTEN_BACK, type_promotion_kind=None)(lambda cache, new: None)
     for overload in OPS:
         if overload not in lowering.lowerings:
             lowering.register_lowering(overload, type_promotion_kind=None)(functools.partial(_lower_op, overload))

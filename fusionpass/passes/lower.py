@@ -13,12 +13,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..arch import Arch
 from ..errors import FusionpassError
-from ..graphs import CAST, aten, erase_unused, inherit, outputs_of, same_shape, same_strides, value, values
+from ..graphs import CAST, erase_unused, inherit, same_shape, same_strides, value, values
 from ..launch import Empty, Late, Launch, Plain
 from ..op import OPS, Op
 from ..report.trace import GraphTrace, Record
 from ..verify import check_launch
 from .beside import site_of
+from .inplace import keep_in_place, why_copied
 
 LAUNCH = "fusionpass_launch"
 """The metadata key under which a node that stays an op carries what was `Planned` for it."""
@@ -42,27 +43,6 @@ def _sources(launch: Launch, arguments: Mapping[str, Any]) -> dict[int, str]:
     named = {id(v.meta["val"]): name for name, v in arguments.items() if isinstance(v, Node)}
     tensors = [v for part in launch.all for v in part.args.values() if isinstance(v, torch.Tensor)]
     return {id(v): named[id(v)] for v in tensors}
-
-
-def _still_read(op: Op, node: Node, arguments: Mapping[str, Any], launch: Launch) -> str | None:
-    """Why what the launch mutates has to be copied first; None: only the op reads it, which then is copied back to it.
-
-    Not even an earlier reader may there be: Inductor moves readers, and knows of no write yet.
-    """
-    results = {0: node} if op.single else outputs_of(node)
-    for name in launch.mutates:
-        given = next(v for v in arguments.values() if isinstance(v, Node) and v.meta["val"] is launch.args[name])
-        result = results.get(launch.returns.index(name))
-        others = [user for user in given.users if user is not node]
-        if given.op != "placeholder":
-            return f"{given.name} is copied before it is written: it is no input of the graph"
-        back = [user for user in others if user.target is aten.copy_.default and user.args == (given, result)]
-        if len(back) != 1:
-            return f"{given.name} is copied before it is written: the result is not its new value"
-        if len(others) > 1:
-            other = next(user for user in others if user is not back[0])
-            return f"{given.name} is copied before it is written: {other.name} reads the old value"
-    return None
 
 
 _ROUNDING = ("low_precision_pointwise_barrier",)
@@ -114,7 +94,7 @@ def lower(
             trace.inlined |= dict.fromkeys((part.name for part in parts), whole)
             waiting = parts + waiting
             continue
-        copied = _still_read(op, node, arguments, launch) if launch is not None else None
+        copied = why_copied(op, node, arguments, launch) if launch is not None else None
         alone = _alone(op, node) if whole == node.name else ""
         told = "" if isinstance(chosen, Plain) else reason
         trace.fused.append(
@@ -139,7 +119,10 @@ def lower(
             early = [part.args[name] for part in launch.all for name in part.early]
             if all(arguments[sources[id(tensor)]] in parameters for tensor in early):
                 launch = launch.reading_early()
-            node.meta[LAUNCH] = Planned(launch, sources, bool(launch.mutates) and copied is None)
+            in_place = bool(launch.mutates) and copied is None
+            if in_place:
+                keep_in_place(op, node, arguments, launch)
+            node.meta[LAUNCH] = Planned(launch, sources, in_place)
             node.meta["eager_input_vals"] = (values(node.args), values(node.kwargs))
 
 

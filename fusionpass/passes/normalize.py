@@ -70,15 +70,21 @@ def _canonical(node: Node, make: _Make) -> None:
     """Rewrite one node; `make(target, args, val)` gives a node in front of it."""
     target: Any = node.target
     args: Any = node.args
-    if target in (aten.select.int, aten.squeeze.dim) and args[1] >= 0:
-        node.args = args = (args[0], args[1] - args[0].meta["val"].dim(), *args[2:])
     if target in (*VIEWS, aten.expand.default):
         node.args = args = (args[0], _written_out(node), *args[2:])
     if target is getitem and args[0].target in (aten.split.Tensor, aten.split_with_sizes.default):
         _part(node)
         target, args = node.target, node.args
+    if target is getitem and args[0].target is aten.unbind.int:
+        source, *rest = args[0].args
+        node.target, node.args = aten.select.int, (source, rest[0] if rest else 0, args[1])
+        target, args = node.target, node.args
     if target is aten.slice.Tensor:
         node.args = _bounds(node)
+    if target in (aten.select.int, aten.squeeze.dim) and args[1] >= 0:
+        node.args = args = (args[0], args[1] - args[0].meta["val"].dim(), *args[2:])
+    if target is aten.select.int and args[0].target is aten.select_scatter.default:
+        _selected_beside(node)
     if target in _SCALAR_FORMS:
         node.target = _SCALAR_FORMS[target]
     if target in _REDUCTIONS and len(args) > 1 and isinstance(args[1], list | tuple):
@@ -124,6 +130,21 @@ def _part(node: Node) -> None:
     parts = [val.shape[dim] for val in source.meta["val"]]
     start = sum(parts[:index])
     node.target, node.args = aten.slice.Tensor, (x, dim, start, start + parts[index])
+
+
+def _selected_beside(node: Node) -> None:
+    """A part of a tensor of which another part was replaced, as the part of the tensor itself."""
+    source, dim, index = node.args
+    base, _, where, other = source.args  # type: ignore[union-attr]
+    rank = base.meta["val"].dim()  # type: ignore[union-attr]
+    apart = isinstance(index, int) and isinstance(other, int) and index >= 0 and other >= 0 and index != other
+    if apart and dim % rank == where % rank and _alike(base, source):
+        node.args = (base, dim, index)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    before, after = a.meta["val"], b.meta["val"]
+    return same_shape(before.shape, after.shape) and same_shape(before.stride(), after.stride())
 
 
 def _bounds(node: Node) -> tuple[Any, ...]:
@@ -210,13 +231,16 @@ def _promoted(node: Node, index: int, make: _Make) -> Any:
 
 def _no_op(node: Node) -> Node | None:
     """The input of a node that changes nothing."""
+    source: Any = node.args[0] if node.args else None
+    if node.target is aten.select.int and source.target is aten.select_scatter.default:
+        _, part, dim, index = source.args
+        rank = source.meta["val"].dim()
+        same = node.args[1] % rank == dim % rank and node.args[2] == index
+        return part if same and _alike(part, node) else None
     if node.target not in (*VIEWS, CAST, aten.view.dtype, aten.expand.default, aten.alias.default, aten.detach.default):
         return None
-    source: Any = node.args[0]
     before, after = value(source), node.meta["val"]
-    if before is None or before.dtype != after.dtype:
-        return None
-    if not same_shape(before.shape, after.shape) or not same_shape(before.stride(), after.stride()):
+    if before is None or before.dtype != after.dtype or not _alike(source, node):
         return None
     return source  # type: ignore[no-any-return]
 
