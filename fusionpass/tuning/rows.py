@@ -38,7 +38,6 @@ def choose_rows(
     *,
     whole: bool,
     fewest: int = 1,
-    most_rows: int | None = None,
 ) -> Cut | str:
     """`choose` for kernels that work by the row; a count stands for those within a factor of two.
 
@@ -52,7 +51,6 @@ def choose_rows(
         itemsize: bytes of an element of the input.
         whole: a program needs whole rows.
         fewest: columns that it needs, at least.
-        most_rows: that it can take; None: any number.
     """
 
     def refuse(cut: Cut) -> str | None:
@@ -60,8 +58,6 @@ def choose_rows(
             return f"columns: a program needs whole rows, {rule.columns} columns, not {cut.columns}"
         if cut.columns < fewest:
             return f"columns: a program needs {fewest}, a whole group, not {cut.columns}"
-        if most_rows is not None and cut.rows > most_rows:
-            return f"rows: a program takes {most_rows}, not {cut.rows}"
         return no_power_of_two(cut, "rows", "columns", "warps")
 
     return choose(rule, op, row_key(scheme, width, itemsize), arch, rows, near="width", reach=2, refuse=refuse)

@@ -229,7 +229,6 @@ def test_rows_are_cut_as_measured_within_a_factor_of_two() -> None:
     ("cut", "reason"),
     [
         (Cut(1, 2048, 4), "whole rows, 4096 columns, not 2048"),
-        (Cut(2, 4096, 4), "a program takes 1, not 2"),
         (Cut(1, 4096, 3), "num_warps: 3 is no power of two"),
     ],
 )
@@ -237,7 +236,7 @@ def test_a_table_cannot_cut_rows_as_a_kernel_does_not(folder: Path, cut: Cut, re
     put(folder, {64: to_file(cut)}, row_key(None, 4096, 2), "rms_norm")
     names._told.clear()
     with pytest.warns(TableWarning, match=reason):
-        assert choose_rows(ROWS, "rms_norm", None, H100, 64, 4096, 2, whole=True, most_rows=1) == ROWS
+        assert choose_rows(ROWS, "rms_norm", None, H100, 64, 4096, 2, whole=True) == ROWS
 
 
 def test_what_is_imposed_is_taken_and_a_key_that_nobody_asks_for_is_an_error(folder: Path) -> None:
