@@ -1,7 +1,7 @@
 """layout: scales lie from the start as those who read them want them: in cuBLAS's blocks, or column by column."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..arch import Arch
 from ..errors import ArchError, SchemeError
 from ..graphs import VIEWS, aten, erase_unused, inherit, outputs_of, value, values
 from ..infer import Inference
-from ..op import OPS
+from ..op import OPS, Op
 from ..ops.gemm.blocks import block_scaled_mm, wants_columns
 from ..ops.quant.layout import swizzled
 from ..ops.quant.scheme import Scheme
@@ -33,22 +33,16 @@ def lay_out(graph: Graph) -> None:
     `swizzled` does. That takes sizes that are known.
     """
     infer = Inference()
-    for node in list(graph.nodes):
-        op = OPS.get(node.target)
-        arguments = op.bind(node.args, node.kwargs) if op is not None else {}
-        scheme = _relaid(str(arguments.get("scheme", "")), "swizzled")
-        if op is None or scheme is None:
+    for node, op, arguments, scales in _scales(graph, "swizzled"):
+        end = _rearranged(scales)
+        results = infer(op, arguments) if end is not None else ""
+        if end is None or isinstance(results, str):
             continue
-        index = op.outputs(arguments).index("scale")
-        scales = outputs_of(node).get(index)
-        end = _rearranged(scales) if scales is not None else None
-        results = infer(op, {**arguments, "scheme": scheme}) if end is not None else ""
-        if scales is None or end is None or isinstance(results, str):
-            continue
-        node.args, node.kwargs = op.call({**arguments, "scheme": scheme})
-        node.meta["val"], scales.meta["val"] = results, results[index]
+        node.args, node.kwargs = op.call(arguments)
+        node.meta["val"] = results
+        scales.meta["val"] = made = results[scales.args[1]]
         with graph.inserting_before(end):
-            stored, val = results[index].view(end.meta["val"].dtype), end.meta["val"]
+            stored, val = made.view(end.meta["val"].dtype), end.meta["val"]
             bits = graph.call_function(aten.view.dtype, (scales, val.dtype))
             bits.meta = inherit(end, stored)
             shaped = graph.call_function(aten.view.default, (bits, list(val.shape)))
@@ -68,31 +62,37 @@ def lay_out_by_column(graph: Graph, target: Arch | None = None) -> None:
         target: None: that of the values' device.
     """
     infer = Inference()
-    for node in list(graph.nodes):
-        op = OPS.get(node.target)
-        arguments = op.bind(node.args, node.kwargs) if op is not None else {}
-        scheme = _relaid(str(arguments.get("scheme", "")), "column_major")
-        if op is None or scheme is None:
+    for node, op, arguments, scales in _scales(graph, "column_major"):
+        found = _products(scales)
+        if found is None or not any(_by_columns(product, target) for product in found[1]):
             continue
-        index = op.outputs(arguments).index("scale")
-        scales = outputs_of(node).get(index)
-        found = _products(scales) if scales is not None else None
-        if scales is None or found is None or not any(_by_columns(product, target) for product in found[1]):
-            continue
-        results = infer(op, {**arguments, "scheme": scheme})
+        results = infer(op, arguments)
         if isinstance(results, str):
             continue
         views, readers = found
-        moved = _viewed(scales, results[index], views)
+        moved = _viewed(scales, results[scales.args[1]], views)
         if moved is None:
             continue
-        node.args, node.kwargs = op.call({**arguments, "scheme": scheme})
+        node.args, node.kwargs = op.call(arguments)
         node.meta["val"] = results
         for view, val in moved.items():
             view.meta["val"] = val
         for product in readers:
             given = block_scaled_mm.bind(product.args, product.kwargs)
             product.args, product.kwargs = block_scaled_mm.call({**given, "a_scheme": _columns_of(given)})
+
+
+def _scales(graph: Graph, layout: str) -> Iterator[tuple[Node, Op, dict[str, Any], Any]]:
+    """Each op whose linear scales are read: its arguments with the layout asked for, and the node of its scales."""
+    for node in list(graph.nodes):
+        op = OPS.get(node.target)
+        arguments = op.bind(node.args, node.kwargs) if op is not None else {}
+        scheme = _relaid(str(arguments.get("scheme", "")), layout)
+        if op is None or scheme is None:
+            continue
+        scales = outputs_of(node).get(op.outputs(arguments).index("scale"))
+        if scales is not None:
+            yield node, op, {**arguments, "scheme": scheme}, scales
 
 
 def _columns_of(given: dict[str, Any]) -> str:
