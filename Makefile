@@ -23,7 +23,7 @@ demo: $(READY)
 	$(BIN)/fusionpass demo $(ARGS)
 
 test: $(READY) $(if $(BROWSER),,browser)
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 browser:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \

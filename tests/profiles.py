@@ -2,5 +2,8 @@
 
 import os
 
+import pytest
+
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
 NIGHTLY = PROFILE == "nightly"
+by_night = pytest.mark.skipif(not NIGHTLY, reason="it takes minutes: the nightly profile")

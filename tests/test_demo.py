@@ -19,6 +19,7 @@ from fusionpass.demo.measure import Measured, Runner
 from fusionpass.errors import ModelError
 from fusionpass.quantize import QuantizeReport, quantize_
 from fusionpass.report import Record, Report
+from tests.profiles import by_night
 
 # The module: the package has a function of the same name.
 loading = importlib.import_module("fusionpass.demo.load")
@@ -59,7 +60,7 @@ def nothing() -> None:
     pass
 
 
-@pytest.mark.parametrize("numerics", ["eager", "fast"])
+@pytest.mark.parametrize("numerics", ["eager", pytest.param("fast", marks=by_night)])
 def test_the_whole_path(numerics, tmp_path):
     model, output = make_model(), io.StringIO()
     options = demo.Options(

@@ -10,11 +10,9 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 from tests.conditions import ROOT, conditions
 from tests.guards import TABLE, incomplete
-from tests.profiles import NIGHTLY
+from tests.profiles import by_night
 
 
 def test_the_table_is_complete() -> None:
@@ -69,7 +67,7 @@ def test_what_is_a_guard() -> None:
     }
 
 
-@pytest.mark.skipif(not NIGHTLY, reason="it takes minutes: the nightly profile")
+@by_night
 def test_every_guard_matters() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     command = [sys.executable, "-m", "tests.guards"]

@@ -15,6 +15,8 @@ from fusionpass.ops.gemm.blocks_triton import Cut
 from tests.moe import SCHEMES, check_mixture, coded, mixture
 
 # No programmatic dependent launch in these: the interpreter has no grids to wait for.
+MANY = settings.default.max_examples
+
 ARCH = Arch("sm_89")
 
 
@@ -42,7 +44,7 @@ def test_codes(tokens: int, scheme: str) -> None:
     check(coded(mixture(tokens, 256, 128, top=3, scheme=scheme, dtype=torch.float16)))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=MANY // 40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_drawn_sizes_and_cuts(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 9))

@@ -10,8 +10,10 @@ from fusionpass.ops import qk_norm_rope_cache
 from tests.heads import HEAD_OPS, arguments_for_heads, check_heads
 
 # No programmatic dependent launch in these: the interpreter has no grids to wait for.
+MANY = settings.default.max_examples
+
 FN = Arch("sm_89")
-slow = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+slow = settings(max_examples=MANY // 25, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("op", HEAD_OPS, ids=lambda op: op.name)

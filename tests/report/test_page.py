@@ -13,7 +13,7 @@ from fusionpass.commands.load import load
 from fusionpass.report.advice import advise
 from fusionpass.report.html import contents
 from fusionpass.report.trace import Report
-from tests.profiles import NIGHTLY
+from tests.profiles import by_night
 from tests.report.stack import Stack, rows
 from tests.report.test_html import EVIL, evil_report
 
@@ -101,14 +101,12 @@ QWEN3 = {
 }  # fmt: skip
 
 
-BY_NIGHT = pytest.mark.skipif(not NIGHTLY, reason="the nightly profile")
-
-
+@by_night
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "config", "words"),
     [
-        pytest.param("llama", SMOLLM2, "modeling_llama", id="SmolLM2-135M", marks=BY_NIGHT),
+        pytest.param("llama", SMOLLM2, "modeling_llama", id="SmolLM2-135M"),
         pytest.param("qwen3", QWEN3, "modeling_qwen3", id="Qwen3-8B"),
     ],
 )

@@ -16,6 +16,7 @@ import fusionpass
 from fusionpass import Report
 from fusionpass.runtime.cache import CacheWarning
 from fusionpass.session import Session
+from tests.profiles import by_night
 from tests.runtime import test_pieces
 from tests.runtime.test_pieces import WIDTH, Layer, Stack
 from tests.runtime.test_session import without_times
@@ -433,6 +434,7 @@ QWEN = """
 """
 
 
+@by_night
 def test_a_model_of_transformers_generates_without_a_trace(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     cold = run(tmp_path, QWEN, tmp_path / "cache")
