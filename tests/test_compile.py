@@ -73,7 +73,7 @@ def inputs(case: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@settings(max_examples=settings.default.max_examples // 50)
 @given(cases())
 def test_eager_and_compiled_agree(case: dict[str, Any]) -> None:
     torch._dynamo.reset()

@@ -97,6 +97,7 @@ def test_the_whole_path(numerics, tmp_path):
     assert ("FAIL" in printed) != result.passed
 
 
+@by_night
 def test_the_command_runs_a_local_model(tmp_path, capsys):
     make_model(layers=1).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")

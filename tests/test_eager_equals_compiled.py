@@ -17,7 +17,7 @@ from fusionpass.op import OPS, Op
 from fusionpass.ops.quant import quantize, sample_scale
 from fusionpass.ops.quant.scheme import SCHEMES
 from fusionpass.testing import difference, ulp_distance
-from tests.profiles import NIGHTLY
+from tests.profiles import NIGHTLY, by_night
 
 EXACT = torch.__version__ >= "2.13"
 """From 2.13 Inductor's C++ code rounds where eager mode does when asked to; 2.11's does not."""
@@ -29,7 +29,12 @@ OVERRIDES = (
     "int8_token,amax_dtype=input,eps=1.1920928955078125e-07,divisor=127.5",
 )  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-RUNS = [(torch.bfloat16, (5, 256)), (torch.float16, (5, 256)), (torch.float32, (5, 256)), (torch.bfloat16, (2, 33))]
+RUNS = [
+    pytest.param(torch.bfloat16, (5, 256)),
+    pytest.param(torch.float16, (5, 256), marks=by_night),
+    pytest.param(torch.float32, (5, 256)),
+    pytest.param(torch.bfloat16, (2, 33), marks=by_night),
+]
 """256 is a width that every scheme takes; an odd one is for those that take it."""
 APPROXIMATE = ("gelu", "layer_norm", "experts")
 """Inductor's C++ has an error function and a hyperbolic tangent of its own, no layer norm in one kernel as ATen, and

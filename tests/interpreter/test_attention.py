@@ -25,7 +25,7 @@ from tests.attention import (
 
 # No programmatic dependent launch in these: the interpreter has no grids to wait for.
 ARCH = Arch("sm_89")
-MANY = settings.default.max_examples // 12
+MANY = settings.default.max_examples // 30
 slow = settings(max_examples=MANY, deadline=None, suppress_health_check=list(HealthCheck))
 
 

@@ -25,7 +25,7 @@ def check(arguments: dict[str, Any], cut: Cut | None = None) -> torch.Tensor:
     return check_product(ARCH, arguments, cut, **wide)
 
 
-@settings(max_examples=MANY // 16, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=MANY // 40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_drawn_arguments(data: st.DataObject) -> None:
     arguments = data.draw(arguments_for_product("cpu", 40, 150, 400))

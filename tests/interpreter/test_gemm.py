@@ -26,7 +26,7 @@ MANY = settings.default.max_examples
 ARCH = Arch("sm_89")
 
 
-@settings(max_examples=MANY // 10, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=MANY // 25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_drawn_arguments(data: st.DataObject) -> None:
     arguments = data.draw(arguments_for_product("cpu", 40, 80, 320))
@@ -34,7 +34,7 @@ def test_drawn_arguments(data: st.DataObject) -> None:
     check_product(ARCH, arguments, data.draw(cuts))
 
 
-@settings(max_examples=MANY // 16, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=MANY // 40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_several_weights(data: st.DataObject) -> None:
     arguments = data.draw(arguments_for_products("cpu", 40, 70, 160))

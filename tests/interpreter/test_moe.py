@@ -44,7 +44,7 @@ def test_codes(tokens: int, scheme: str) -> None:
     check(coded(mixture(tokens, 256, 128, top=3, scheme=scheme, dtype=torch.float16)))
 
 
-@settings(max_examples=MANY // 40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=MANY // 100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_drawn_sizes_and_cuts(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 9))

@@ -18,7 +18,7 @@ MANY = settings.default.max_examples
 SCHEMES = ("fp8_static", "fp8_static,rounding=divide")
 FNUZ_SCHEME = "fp8_static,dtype=float8_e4m3fnuz"
 WIDTHS = st.one_of(st.integers(1, 70), st.sampled_from([96, 128, 255, 576]))
-slow = settings(max_examples=MANY // 25, deadline=None, suppress_health_check=list(HealthCheck))
+slow = settings(max_examples=MANY // 50, deadline=None, suppress_health_check=list(HealthCheck))
 newer = pytest.mark.skipif(triton.__version__ < "3.8", reason="the interpreter has e4m3fnuz from Triton 3.8")
 
 

@@ -1,6 +1,6 @@
 """The graphs of the test families, dumped: every one runs as a file, and gives what the captured one gives.
 
-By day every fourth family, others than those that tests/test_coverage.py looks at.
+By day every eighth family, others than those that tests/test_coverage.py looks at.
 """
 
 import pytest
@@ -17,7 +17,7 @@ PASSES = ("captured", "normalize", "recognise", "fuse", "lower", "cleanup")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES if NIGHTLY else FAMILIES[1::4], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", FAMILIES if NIGHTLY else FAMILIES[1::8], ids=lambda family: family.name)
 def test_every_dumped_graph_runs_and_equals_the_captured_one(family, tmp_path):
     pytest.importorskip(family.library)
     model, inputs = family.build()

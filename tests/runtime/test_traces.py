@@ -399,6 +399,7 @@ def run(folder: Path, text: str, *args: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@by_night
 def test_other_processes_start_from_it_until_a_source_changes(tmp_path: Path) -> None:
     (tmp_path / "helper.py").write_text(HELPER)
     (tmp_path / "scale.py").write_text("def factor(x):\n    return x * 2\n")
