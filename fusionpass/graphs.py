@@ -149,6 +149,15 @@ def inherit(node: Node, val: Any, extra: Mapping[str, Any] | None = None) -> dic
     return {**kept, "val": val, **(extra or {})}
 
 
+def add_node(graph: Graph, like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """A call where `graph` inserts, with what it stands for; it came from where `like` did."""
+    made = graph.call_function(target, args, kwargs)
+    with like.meta["val"].fake_mode:
+        val = target(*values(args), **values(kwargs))
+    made.meta = inherit(like, val)
+    return made
+
+
 def differs(new: torch.Tensor, old: torch.Tensor) -> str | None:
     """The reason why `new` cannot stand for `old`; None: shape, dtype and strides are the same."""
     if new.dtype != old.dtype or not same_shape(new.shape, old.shape):

@@ -25,8 +25,9 @@ from fusionpass.rule import Spelling
 from fusionpass.rules import SPELLINGS
 from tests.grown import programs
 from tests.growths import Grown
+from tests.profiles import NIGHTLY
 
-EXAMPLES = max(3, settings.default.max_examples // len(SPELLINGS) // 2)
+EXAMPLES = max(3, settings.default.max_examples // len(SPELLINGS) // (1 if NIGHTLY else 2))
 DECOMPOSITIONS = select_decomp_table()
 Function = Callable[..., Any]
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from ..graphs import CAST, VIEWS, aten, erase_unused, inherit, same_shape, value, values
+from ..graphs import CAST, VIEWS, add_node, aten, erase_unused, same_shape, value
 from .inplace import chain_of
 
 _NOWHERE = 2**60
@@ -34,9 +34,9 @@ def slots_of_blocks(graph: Graph) -> None:
         with graph.inserting_before(node):
             if (block, offset, size) not in known:
                 known[block, offset, size] = _slot(graph, node, block, offset, size)
-            rows = _made(graph, node, aten.view.default, cache, [-1, *row])
-            put = _made(graph, node, aten.index_put.default, rows, [known[block, offset, size]], x)
-            back = _made(graph, node, aten.view.default, put, [-1, size, *row])
+            rows = add_node(graph, node, aten.view.default, cache, [-1, *row])
+            put = add_node(graph, node, aten.index_put.default, rows, [known[block, offset, size]], x)
+            back = add_node(graph, node, aten.view.default, put, [-1, size, *row])
         node.replace_all_uses_with(back)
         erase_unused(graph, node)
     for node in graph.find_nodes(op="call_function", target=aten.index_put.default):
@@ -62,14 +62,16 @@ def blocks_of_slots(graph: Graph) -> None:
         if len(indices) != 1 or rows.target not in VIEWS or len(users) != 1 or users[0].target not in VIEWS:
             continue
         cache, back = rows.args[0], users[0]
-        val, slots = value(cache), value(indices[0])
-        if cache.op != "placeholder" or val is None or slots is None or not _back_to(back, val, rows.meta["val"]):
+        val = value(cache)
+        if cache.op != "placeholder" or val is None or not _is_index(indices[0]):
+            continue
+        if not _back_to(back, val, rows.meta["val"]):
             continue
         size: Any = val.shape[1]
         with graph.inserting_before(node):
-            block = _made(graph, node, aten.div.Tensor_mode, indices[0], size, rounding_mode="floor")
-            offset = _made(graph, node, aten.remainder.Scalar, indices[0], size)
-            put = _made(graph, node, aten.index_put.default, cache, [block, offset], *rest)
+            block = add_node(graph, node, aten.div.Tensor_mode, indices[0], size, rounding_mode="floor")
+            offset = add_node(graph, node, aten.remainder.Scalar, indices[0], size)
+            put = add_node(graph, node, aten.index_put.default, cache, [block, offset], *rest)
         back.replace_all_uses_with(put)
         for unread in (back, node, rows):
             erase_unused(graph, unread)
@@ -88,7 +90,7 @@ def _slot(graph: Graph, like: Node, block: Node, offset: Node, size: int) -> Nod
             return block.args[0]  # type: ignore[return-value]
 
     def made(target: Any, *args: Any, **kwargs: Any) -> Node:
-        return _made(graph, like, target, *args, **kwargs)
+        return add_node(graph, like, target, *args, **kwargs)
 
     wide, at = (
         index if index.meta["val"].dtype == torch.int64 else made(CAST, index, torch.int64) for index in (block, offset)
@@ -104,11 +106,3 @@ def _back_to(back: Node, cache: torch.Tensor, rows: torch.Tensor) -> bool:
     size = cache.shape[1] if cache.dim() > 2 else None
     fits = isinstance(size, int) and same_shape(rows.shape[1:], cache.shape[2:])
     return fits and same_shape(back.meta["val"].shape, cache.shape)
-
-
-def _made(graph: Graph, like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-    node = graph.call_function(target, args, kwargs)
-    with like.meta["val"].fake_mode:
-        val = target(*values(args), **values(kwargs))
-    node.meta = inherit(like, val)
-    return node

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from ..graphs import VIEWS, aten, differs, erase_unused, inherit, same_shape, values
+from ..graphs import VIEWS, add_node, aten, differs, erase_unused, inherit, same_shape
 from ..infer import Inference
 from ..ops.norm import rms_norm
 from ..ops.rope import norm_heads, rope
@@ -62,12 +62,8 @@ def _normalise_later(graph: Graph, node: Node, infer: Inference) -> None:
     arguments = rms_norm.bind(norm.args, norm.kwargs)
     if arguments["mod_scale"] is not None:
         return
-    val = arguments["x"].meta["val"]
-    with val.fake_mode:
-        permuted = val.permute(order)
     with graph.inserting_before(node):
-        moved = graph.call_function(aten.permute.default, (arguments["x"], order))
-    moved.meta = inherit(node, permuted)
+        moved = add_node(graph, node, aten.permute.default, arguments["x"], order)
     results = infer(rms_norm, {**arguments, "x": moved})
     assert not isinstance(results, str), results
     if differs(results[0], node.meta["val"]) is not None:
@@ -100,11 +96,7 @@ def _normalise_heads(graph: Graph, rotation: Node, infer: Inference) -> None:
     x = arguments["x"]
     with graph.inserting_before(rotation):
         for node in (view, moved) if swaps else (view,):
-            val = x.meta["val"]
-            with val.fake_mode:
-                made = node.target(val, values(node.args[1]))
-            x = graph.call_function(node.target, (x, node.args[1]))
-            x.meta = inherit(node, made)
+            x = add_node(graph, node, node.target, x, node.args[1])
         given = {name: arguments[name] for name in ("weight", "eps", "weight_offset", "rounding")}
         given |= {"x": x, "heads_dim": by_head.dim() - (3 if swaps else 2)}
         results = infer(norm_heads, given)

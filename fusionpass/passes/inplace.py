@@ -1,6 +1,6 @@
 """Writing a kernel's result where it belongs: to an input of the graph, or to a part of one, that nobody else reads."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch._prims_common import make_contiguous_strides_for
@@ -25,25 +25,20 @@ def _(cache: torch.Tensor, new: torch.Tensor) -> None:
 WRITTEN_BACK = torch.ops.fusionpass.written_back.default
 
 
-def why_copied(op: Op, node: Node, arguments: Mapping[str, object], launch: Launch) -> str | None:
-    """Why what the launch mutates has to be copied first; None: only the op reads it, which then is copied back to it.
-
-    Not even an earlier reader may there be: Inductor moves readers, and knows of no write yet.
-    """
-    return next((found for found in _found(op, node, arguments, launch) if isinstance(found, str)), None)
-
-
-def keep_in_place(op: Op, node: Node, arguments: Mapping[str, object], launch: Launch) -> None:
+def keep_in_place(backs: Iterable[Node]) -> None:
     """Where what was mutated is a part of an input, the copy of the whole back to the input becomes no work."""
-    for back in _found(op, node, arguments, launch):
-        assert isinstance(back, Node)
+    for back in backs:
         if isinstance(back.args[1], Node) and back.args[1].target in (*VIEWS, aten.select_scatter.default):
             back.target = WRITTEN_BACK
             back.meta.pop("val", None)
 
 
-def _found(op: Op, node: Node, arguments: Mapping[str, object], launch: Launch) -> list[Node | str]:
-    """For each input that the launch mutates, the copy back to it, or why there is none that would do."""
+def copies_back(op: Op, node: Node, arguments: Mapping[str, object], launch: Launch) -> list[Node] | str:
+    """The copy back to each input that the launch mutates, or why what it mutates has to be copied first.
+
+    Only the op may read the old value. Not even an earlier reader may there be: Inductor moves readers, and knows of no
+    write yet.
+    """
     results = {0: node} if op.single else outputs_of(node)
     parts = {}
     for name in launch.mutates:
@@ -51,16 +46,18 @@ def _found(op: Op, node: Node, arguments: Mapping[str, object], launch: Launch) 
         parts[next(values)] = results.get(launch.returns.index(name))
     chains = {part: chain_of(part) for part in parts}
     within = {link for chain in chains.values() for link in chain}
-    found: dict[Node, Node | str] = {}
+    found: dict[Node, Node] = {}
     for part, chain in chains.items():
         if chain[-1].op != "placeholder":
-            return [f"{part.name} is copied before it is written: it is no input of the graph"]
-        if chain[-1] not in found:
-            found[chain[-1]] = _copy_back(chain[-1], part, parts, within | {node})
+            return f"{part.name} is copied before it is written: it is no input of the graph"
+        back = _copy_back(chain[-1], part, parts, within | {node})
+        if isinstance(back, str):
+            return back
+        found[chain[-1]] = back
     for part, chain in chains.items():
         for link in chain[:-1]:
             if other := next((user for user in link.users if user not in within | {node}), None):
-                return [f"{part.name} is copied before it is written: {other.name} reads the old value"]
+                return f"{part.name} is copied before it is written: {other.name} reads the old value"
     return list(found.values())
 
 

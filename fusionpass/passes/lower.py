@@ -19,7 +19,7 @@ from ..op import OPS, Op
 from ..report.trace import GraphTrace, Record
 from ..verify import check_launch
 from .beside import site_of
-from .inplace import keep_in_place, why_copied
+from .inplace import copies_back, keep_in_place
 
 LAUNCH = "fusionpass_launch"
 """The metadata key under which a node that stays an op carries what was `Planned` for it."""
@@ -94,7 +94,8 @@ def lower(
             trace.inlined |= dict.fromkeys((part.name for part in parts), whole)
             waiting = parts + waiting
             continue
-        copied = why_copied(op, node, arguments, launch) if launch is not None else None
+        backs = copies_back(op, node, arguments, launch) if launch is not None else []
+        copied = backs if isinstance(backs, str) else None
         alone = _alone(op, node) if whole == node.name else ""
         told = "" if isinstance(chosen, Plain) else reason
         trace.fused.append(
@@ -119,10 +120,9 @@ def lower(
             early = [part.args[name] for part in launch.all for name in part.early]
             if all(arguments[sources[id(tensor)]] in parameters for tensor in early):
                 launch = launch.reading_early()
-            in_place = bool(launch.mutates) and copied is None
-            if in_place:
-                keep_in_place(op, node, arguments, launch)
-            node.meta[LAUNCH] = Planned(launch, sources, in_place)
+            if not isinstance(backs, str):
+                keep_in_place(backs)
+            node.meta[LAUNCH] = Planned(launch, sources, bool(backs) and copied is None)
             node.meta["eager_input_vals"] = (values(node.args), values(node.kwargs))
 
 

@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fusionpass.arch import Arch
@@ -22,11 +22,11 @@ from tests.attention import (
     families,
     schemes,
 )
+from tests.profiles import share
 
 # No programmatic dependent launch in these: the interpreter has no grids to wait for.
 ARCH = Arch("sm_89")
-MANY = settings.default.max_examples // 30
-slow = settings(max_examples=MANY, deadline=None, suppress_health_check=list(HealthCheck))
+slow = share(30)
 
 
 @pytest.fixture(scope="module", autouse=True)

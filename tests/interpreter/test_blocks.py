@@ -5,17 +5,16 @@ from typing import Any
 import pytest
 import torch
 import triton.language as tl
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fusionpass.arch import Arch
 from fusionpass.ops.gemm.blocks_triton import Cut
 from fusionpass.ops.quant.scheme import Scheme
 from tests.blocks import KINDS, arguments_for_product, check_product, product_of
+from tests.profiles import share
 
 # No programmatic dependent launch in these: the interpreter has no grids to wait for.
-MANY = settings.default.max_examples
-
 ARCH = Arch("sm_89")
 
 
@@ -25,7 +24,7 @@ def check(arguments: dict[str, Any], cut: Cut | None = None) -> torch.Tensor:
     return check_product(ARCH, arguments, cut, **wide)
 
 
-@settings(max_examples=MANY // 40, deadline=None, suppress_health_check=list(HealthCheck))
+@share(40)
 @given(data=st.data())
 def test_drawn_arguments(data: st.DataObject) -> None:
     arguments = data.draw(arguments_for_product("cpu", 40, 150, 400))

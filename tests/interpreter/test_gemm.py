@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fusionpass.arch import Arch
@@ -19,14 +19,13 @@ from tests.gemm import (
     check_product,
     product_of,
 )
+from tests.profiles import share
 
 # No programmatic dependent launch in these: the interpreter has no grids to wait for.
-MANY = settings.default.max_examples
-
 ARCH = Arch("sm_89")
 
 
-@settings(max_examples=MANY // 25, deadline=None, suppress_health_check=list(HealthCheck))
+@share(25)
 @given(data=st.data())
 def test_drawn_arguments(data: st.DataObject) -> None:
     arguments = data.draw(arguments_for_product("cpu", 40, 80, 320))
@@ -34,7 +33,7 @@ def test_drawn_arguments(data: st.DataObject) -> None:
     check_product(ARCH, arguments, data.draw(cuts))
 
 
-@settings(max_examples=MANY // 40, deadline=None, suppress_health_check=list(HealthCheck))
+@share(40)
 @given(data=st.data())
 def test_several_weights(data: st.DataObject) -> None:
     arguments = data.draw(arguments_for_products("cpu", 40, 70, 160))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import triton.language as tl
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fusionpass.arch import Arch
@@ -13,10 +13,9 @@ from fusionpass.launch import Empty, Launch
 from fusionpass.ops import experts
 from fusionpass.ops.gemm.blocks_triton import Cut
 from tests.moe import SCHEMES, check_mixture, coded, mixture
+from tests.profiles import share
 
 # No programmatic dependent launch in these: the interpreter has no grids to wait for.
-MANY = settings.default.max_examples
-
 ARCH = Arch("sm_89")
 
 
@@ -44,7 +43,7 @@ def test_codes(tokens: int, scheme: str) -> None:
     check(coded(mixture(tokens, 256, 128, top=3, scheme=scheme, dtype=torch.float16)))
 
 
-@settings(max_examples=MANY // 100, deadline=None, suppress_health_check=list(HealthCheck))
+@share(100)
 @given(data=st.data())
 def test_drawn_sizes_and_cuts(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 9))

@@ -3,22 +3,21 @@ import dataclasses
 import pytest
 import torch
 import triton
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fusionpass.arch import Arch
 from fusionpass.launch import Launch
 from fusionpass.ops import add_rms_norm_quantize, quantize, rms_norm_quantize
 from tests.kernels import KERNEL_OPS, arguments_for, check, shapes
+from tests.profiles import share
 
 # No programmatic dependent launch in these: the interpreter has no grids to wait for.
 FN, FNUZ = Arch("sm_89"), Arch("gfx942")
-MANY = settings.default.max_examples
-
 SCHEMES = ("fp8_static", "fp8_static,rounding=divide")
 FNUZ_SCHEME = "fp8_static,dtype=float8_e4m3fnuz"
 WIDTHS = st.one_of(st.integers(1, 70), st.sampled_from([96, 128, 255, 576]))
-slow = settings(max_examples=MANY // 50, deadline=None, suppress_health_check=list(HealthCheck))
+slow = share(50)
 newer = pytest.mark.skipif(triton.__version__ < "3.8", reason="the interpreter has e4m3fnuz from Triton 3.8")
 
 
@@ -32,7 +31,7 @@ def test_kernel_equals_reference(op, data):
 
 @newer
 @pytest.mark.parametrize("op", [quantize, rms_norm_quantize, add_rms_norm_quantize], ids=lambda op: op.name)
-@settings(slow, max_examples=MANY // 60)
+@share(60)
 @given(data=st.data())
 def test_kernel_equals_reference_in_e4m3fnuz(op, data):
     shape = data.draw(shapes(4, WIDTHS))

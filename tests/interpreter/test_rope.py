@@ -2,18 +2,17 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fusionpass.arch import Arch
 from fusionpass.ops import qk_norm_rope_cache
 from tests.heads import HEAD_OPS, arguments_for_heads, check_heads
+from tests.profiles import share
 
 # No programmatic dependent launch in these: the interpreter has no grids to wait for.
-MANY = settings.default.max_examples
-
 FN = Arch("sm_89")
-slow = settings(max_examples=MANY // 25, deadline=None, suppress_health_check=list(HealthCheck))
+slow = share(25)
 
 
 @pytest.mark.parametrize("op", HEAD_OPS, ids=lambda op: op.name)

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusionpass
 from fusionpass import Arch, Config
-from fusionpass.passes.caches import slots_of_blocks
+from fusionpass.passes.caches import blocks_of_slots, slots_of_blocks
 from fusionpass.passes.normalize import normalize
 from tests.test_inductor import call_of, generated
 
@@ -138,6 +138,31 @@ def test_blocks_of_any_number() -> None:
     slots_of_blocks(graph.graph)
     graph.graph.lint()
     graph.recompile()
+    assert torch.equal(graph(*given), write(*given))
+
+
+def test_rows_that_a_mask_chooses_stay_as_they_are() -> None:
+    def write(cache: Tensor, x: Tensor, chosen: Tensor) -> Tensor:
+        return flat(cache).index_put((chosen,), x).view(BLOCKS, SIZE, HEADS, WIDTH)
+
+    chosen = torch.zeros(BLOCKS * SIZE, dtype=torch.bool)
+    chosen[[3, 40]] = True
+    given = torch.zeros(BLOCKS, SIZE, HEADS, WIDTH), torch.ones(HEADS, WIDTH), chosen
+    graph = make_fx(write, tracing_mode="fake")(*given)
+    blocks_of_slots(graph.graph)
+    graph.recompile()
+    assert torch.equal(graph(*given), write(*given))
+
+
+def test_rows_that_slots_choose_are_blocks_again() -> None:
+    def write(cache: Tensor, x: Tensor, slots: Tensor) -> Tensor:
+        return flat(cache).index_put((slots,), x).view(BLOCKS, SIZE, HEADS, WIDTH)
+
+    given = torch.zeros(BLOCKS, SIZE, HEADS, WIDTH), torch.ones(HEADS, WIDTH), torch.tensor([3, -1, 40])
+    graph = make_fx(write, tracing_mode="fake")(*given)
+    blocks_of_slots(graph.graph)
+    graph.recompile()
+    assert ".view." not in graph.code
     assert torch.equal(graph(*given), write(*given))
 
 

@@ -105,10 +105,8 @@ QWEN3 = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "config", "words"),
-    [
-        pytest.param("llama", SMOLLM2, "modeling_llama", id="SmolLM2-135M"),
-        pytest.param("qwen3", QWEN3, "modeling_qwen3", id="Qwen3-8B"),
-    ],
+    [("llama", SMOLLM2, "modeling_llama"), ("qwen3", QWEN3, "modeling_qwen3")],
+    ids=["SmolLM2-135M", "Qwen3-8B"],
 )
 def test_whole_models(opened: Any, tmp_path: Path, kind: str, config: dict[str, Any], words: str) -> None:
     transformers = pytest.importorskip("transformers")
