@@ -273,8 +273,8 @@ def test_the_totals():
 @pytest.mark.timeout(1800)
 def test_the_page_is_not_stale():
     root = Path(__file__).parent.parent
-    # By day every eighth family; tests/report/test_dumped_families.py takes others.
-    chosen = [option for family in FAMILIES[:: 1 if NIGHTLY else 8] for option in ("--family", family.name)]
+    # By day every twelfth family; tests/report/test_dumped_families.py takes others.
+    chosen = [option for family in FAMILIES[:: 1 if NIGHTLY else 12] for option in ("--family", family.name)]
     command = [sys.executable, "-m", "bench.coverage", "--check", "--sample", *chosen]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.stdout.startswith("skipped"):
