@@ -1,6 +1,6 @@
 """What tests and benchmarks measure a kernel by: distances in units in the last place, and a float64 oracle."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,16 +68,25 @@ class Difference:
         return self.ulp <= tolerance.ulp and self.different <= allowed
 
 
-def difference(actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance = EXACT) -> Difference:
+def difference(
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    tolerance: Tolerance = EXACT,
+    rounded: torch.dtype | None = None,
+) -> Difference:
     """How far `actual` is from `expected`, where `tolerance.floor` and `tolerance.cancels` leave a difference.
 
-    Integers differ by their values.
+    Integers differ by their values. Where values on the way were `rounded` to a dtype that is narrower than the
+    results', distances are counted in its steps: a wide table of angles makes the result float32, while the
+    normalised value that it turns was rounded to bfloat16, and one step of that is thousands of the result's.
 
     Raises:
         AssertionError: their shapes or dtypes are not the same.
     """
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)
+    if rounded is not None and actual.is_floating_point() and torch.finfo(rounded).eps > torch.finfo(actual.dtype).eps:
+        actual, expected = actual.to(rounded), expected.to(rounded)
     if not actual.is_floating_point():
         distance = (actual.long() - expected.long()).abs()
     else:
@@ -93,6 +102,39 @@ def difference(actual: torch.Tensor, expected: torch.Tensor, tolerance: Toleranc
     return Difference(
         int(distance.max()) if distance.numel() else 0, int((distance > 0).sum()), distance.numel(), actual.dtype
     )
+
+
+def activation_dtype(arguments: Mapping[str, Any]) -> torch.dtype | None:
+    """What an op rounds values on the way to: the dtype of its first argument of 16 bits or more that is no scale."""
+    tensors = (v for k, v in arguments.items() if isinstance(v, torch.Tensor) and "scale" not in k)
+    return next((v.dtype for v in tensors if v.is_floating_point() and v.dtype.itemsize > 1), None)
+
+
+def disagreement(
+    op: Op,
+    arguments: Mapping[str, Any],
+    actual: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    names: Sequence[str] | None = None,
+) -> str | None:
+    """The first output of `op` that is further from what is expected than the op's tolerance allows.
+
+    Args:
+        op: what was run.
+        arguments: of the run, by name; tensors may be fake.
+        actual: what it gave.
+        expected: what it is to give.
+        names: which of the op's outputs these are; default: all of them, in order.
+
+    Returns:
+        A sentence; None where all agree.
+    """
+    rounded = activation_dtype(arguments)
+    for name, got, wanted in zip(names or op.outputs(arguments), actual, expected, strict=True):
+        tolerance = op.tolerance.get(name, EXACT)
+        if not (found := difference(got, wanted, tolerance, rounded)).within(tolerance):
+            return f"{name} differs in {found.different} of {found.elements} elements, by up to {found.ulp} ulp"
+    return None
 
 
 def exact(op: Op, arguments: Mapping[str, Any]) -> list[torch.Tensor]:

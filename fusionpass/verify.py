@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .arch import Arch
 from .launch import Launch
-from .op import EXACT, OPS, Op, Refusal
-from .testing import difference
+from .op import OPS, Op, Refusal
+from .testing import disagreement
 
 
 def check_rewrite(
@@ -88,12 +88,8 @@ def _compare(
 ) -> Refusal:
     with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
         for kind, values in _draws(inputs):
-            for name, expected, actual in zip(names, before(values), after(values), strict=True):
-                tolerance = op.tolerance.get(name, EXACT)
-                found = difference(actual, expected, tolerance)
-                if not found.within(tolerance):
-                    share = f"{found.different} of {found.elements} elements, by up to {found.ulp} ulp"
-                    return f"verify: on {kind} inputs {name} differs in {share}"
+            if wrong := disagreement(op, dict(inputs.values()), after(values), before(values), names):
+                return f"verify: on {kind} inputs {wrong}"
     return None
 
 

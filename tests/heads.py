@@ -9,7 +9,7 @@ from fusionpass.arch import Arch
 from fusionpass.op import EXACT, OPS, Op
 from fusionpass.ops.norm import AFTER, BEFORE
 from fusionpass.ops.rope import DEINTERLEAVED, EACH, HALF, INTERLEAVED, LAST
-from fusionpass.testing import difference, exact, relative_error
+from fusionpass.testing import activation_dtype, difference, exact, relative_error
 from tests.kernels import DTYPES, alike_strides, poisoned
 
 HEAD_OPS = tuple(
@@ -113,7 +113,8 @@ def check_heads(op: Op, arch: Arch, arguments: dict[str, Any]) -> list[torch.Ten
     oracles = exact(op, arguments)
     assert len(outputs) == len(names) == len(expected)
     for name, output, want, oracle in zip(names, outputs, expected, oracles, strict=True):
-        found = difference(output, want, op.tolerance.get(name, EXACT))
+        rounded = activation_dtype(arguments) if "norm_rounding" in arguments else None
+        found = difference(output, want, op.tolerance.get(name, EXACT), rounded)
         assert found.within(op.tolerance.get(name, EXACT)), f"{name}: {found}"
         if name in ("k_cache", "v_cache"):
             continue  # index_put gives a dense copy, the kernel one like the cache

@@ -17,7 +17,7 @@ from fusionpass.ops import quantize
 from fusionpass.ops.derive import MORE
 from fusionpass.ops.norm import AFTER, BEFORE, LAST, NORM
 from fusionpass.ops.quant import Scheme, dequantize
-from fusionpass.testing import difference, exact, relative_error
+from fusionpass.testing import activation_dtype, difference, exact, relative_error
 
 KERNEL_OPS = tuple(
     op
@@ -100,8 +100,8 @@ def check(op: Op, arch: Arch, arguments: Mapping[str, Any], early: bool = False)
         # A wide weight makes the product float32, but the normalised value in it was rounded as x is; so were the
         # values that a scale is of.
         narrow = output.dtype == torch.float32 and (name == "norm" or (name == "scale" and op is not quantize))
-        dtype = activation_dtype(arguments) if narrow else output.dtype
-        found = difference(ordered(output.to(dtype), name), ordered(want.to(dtype), name), tolerance)
+        rounded = activation_dtype(arguments) if narrow else None
+        found = difference(ordered(output, name), ordered(want, name), tolerance, rounded)
         assert found.within(tolerance), f"{name}: {found}"
     compare_with_exact(op, arguments, outputs, expected)
     return outputs
@@ -111,10 +111,6 @@ def terms(arguments: Mapping[str, Any]) -> torch.Tensor:
     """What a GELU multiplies its factor between 0 and 1 by, in magnitude."""
     product: Any = math.prod(arguments[k].double() for k in ("gate", "up", "x") if k in arguments)
     return torch.as_tensor(product).abs()
-
-
-def activation_dtype(arguments: Mapping[str, Any]) -> torch.dtype:
-    return next(v.dtype for k, v in arguments.items() if k in ("x", "gate"))
 
 
 def alike_strides(a: torch.Tensor, b: torch.Tensor) -> bool:

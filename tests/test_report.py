@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from fusionpass import Record, Report
+from fusionpass.runtime.notes import ProgramNote
 
 NORM = Record(
     op="add_rms_norm_quantize",
@@ -95,9 +96,11 @@ def test_to_dict_is_json():
     report.graphs[0].kernels = 3
     report.model_graphs[1].graph_break = "print"
     report.graphs[1].skipped = "it has a backward"
+    report.model_graphs[0].replay = ProgramNote("graph 0", "full", without={"w moved": 2}, recaptures={"w moved": 1})
     plain = report.to_dict()
     assert json.loads(json.dumps(plain)) == json.loads(json.dumps(report.to_dict()))
     assert plain["title"] == "Tiny"
+    assert plain["model_graphs"][0]["replay"]["without"] == {"w moved": 2}
     assert plain["kernels"] == 3
     assert plain["graphs"][1] == {"index": 1, "kernels": 0, "skipped": "it has a backward", "cached": False}
     assert plain["model_graphs"][1]["graph_break"] == "print"

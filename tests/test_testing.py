@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fusionpass.op import Tolerance
-from fusionpass.ops import add_rms_norm_quantize, rms_norm
-from fusionpass.testing import difference, exact, ordered, relative_error, ulp_distance
+from fusionpass.ops import add_rms_norm_quantize, qk_norm_rope, quantize, rms_norm
+from fusionpass.testing import difference, disagreement, exact, ordered, relative_error, ulp_distance
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 
@@ -48,6 +48,44 @@ def test_tolerances():
     assert not difference(other.float(), same.float()).within(Tolerance(ulp=1, fraction=1.0))
     with pytest.raises(AssertionError):
         difference(same, same.half())
+
+
+def test_steps_of_what_was_rounded_on_the_way():
+    one = torch.ones(1000)
+    other = one.clone()
+    other[0] += torch.finfo(torch.bfloat16).eps
+    tolerance = Tolerance(ulp=1, fraction=1e-3, fp32_ulp=64)
+    assert not difference(other, one, tolerance).within(tolerance)
+    found = difference(other, one, tolerance, torch.bfloat16)
+    assert (found.ulp, found.different, found.dtype) == (1, 1, torch.bfloat16)
+    assert found.within(tolerance)
+    assert difference(other.bfloat16(), one.bfloat16(), tolerance, torch.float32).dtype == torch.bfloat16
+    assert difference(other.int(), one.int(), tolerance, torch.bfloat16).ulp == 0
+
+
+def test_disagreement_names_the_output():
+    generator = torch.Generator().manual_seed(0)
+    arguments = quantize.bind((), quantize.sample(5, 64, torch.bfloat16, "cpu", generator))
+    expected = quantize.reference(**arguments)
+    codes = expected[0].clone()
+    codes.view(torch.uint8)[2, 3] ^= 3
+    assert disagreement(quantize, arguments, expected, expected) is None
+    told = disagreement(quantize, arguments, [codes, *expected[1:]], expected)
+    assert "q differs in 1 of 320 elements, by up to " in str(told)
+    assert disagreement(quantize, arguments, [codes], [expected[0]], ["q"]) == told
+
+
+def test_a_step_of_a_norm_is_no_disagreement_where_angles_are_wide():
+    generator = torch.Generator().manual_seed(0)
+    arguments = qk_norm_rope.bind((), qk_norm_rope.sample(2, 256, torch.bfloat16, "cpu", generator))
+    arguments |= {"cos": arguments["cos"].float(), "sin": arguments["sin"].float()}
+    expected = list(qk_norm_rope.reference(**arguments))
+    assert expected[0].dtype == torch.float32
+    moved = [expected[0].clone(), expected[1]]
+    moved[0][0, 0, 0, 0] *= 1 + torch.finfo(torch.bfloat16).eps
+    assert disagreement(qk_norm_rope, arguments, moved, expected) is None
+    moved[0][0, 0, 0, 0] *= 1.5
+    assert "q_rotated differs in 1 of" in str(disagreement(qk_norm_rope, arguments, moved, expected))
 
 
 def test_exact_rounds_nothing():

@@ -164,6 +164,7 @@ def _kernel_alike(op: Any, arch: Any) -> str | None:
     import torch
 
     from ..launch import Launch
+    from ..testing import disagreement
 
     device = torch.device("cuda")
     arguments = op.bind((), op.sample(16, 2048, torch.bfloat16, device, torch.Generator(device).manual_seed(0)))
@@ -171,13 +172,14 @@ def _kernel_alike(op: Any, arch: Any) -> str | None:
     assert isinstance(launch, Launch), f"no kernel: {reason}"
     with torch.no_grad():
         expected = op.reference(**arguments)
-        return apart(op, arguments, launch.run(), [expected] if op.single else expected)
+        return disagreement(op, arguments, launch.run(), [expected] if op.single else expected)
 
 
 def _compiled_alike(op: Any, _: Any) -> str | None:
     import torch
 
     from ..compile import compile as compile_function
+    from ..testing import disagreement
 
     arguments = op.bind((), op.sample(16, 256, torch.bfloat16, "cpu", torch.Generator().manual_seed(0)))
     tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
@@ -188,16 +190,5 @@ def _compiled_alike(op: Any, _: Any) -> str | None:
 
     with torch.no_grad():
         expected = reference(tensors)
-        return apart(op, arguments, compile_function(reference, numerics="eager", cache=False)(tensors), expected)
-
-
-def apart(op: Any, arguments: Any, actual: Any, expected: Any) -> str | None:
-    """The first output that differs from what is expected by more than the op's tolerance; None: there is none."""
-    from ..op import EXACT
-    from ..testing import difference
-
-    for name, got, wanted in zip(op.outputs(arguments), actual, expected, strict=True):
-        tolerance = op.tolerance.get(name, EXACT)
-        if not (found := difference(got, wanted, tolerance)).within(tolerance):
-            return f"{name} differs in {found.different} of {found.elements} elements, by up to {found.ulp} ulp"
-    return None
+        actual = compile_function(reference, numerics="eager", cache=False)(tensors)
+        return disagreement(op, arguments, actual, expected)

@@ -154,7 +154,7 @@ class Dispatcher:
         return Key(sizes, tuple(others))
 
     def _without(self, reason: str) -> None:
-        self.note.without[reason] += 1
+        self.note.ran_without(reason)
 
     def _larger(self, key: Key) -> Entry | None:
         """The graph of the smallest declared size above, if rows may follow those of the call."""
@@ -240,7 +240,7 @@ class Dispatcher:
             self.wait_longer()
             self._without(f"{name} moved before a graph was replayed")
             return None
-        self.note.recaptures[f"{name} moved"] += 1
+        self.note.captured_again(f"{name} moved")
         return self._capture(entry.key, self._at(entry.key, args), recipe, entry.declared)
 
     def _at(self, key: Key, args: Sequence[Any]) -> list[Any]:

@@ -46,16 +46,24 @@ class ProgramNote:
     steps: dict[str, str] = field(default_factory=dict)
     padding: str = ""
     graphs: list[GraphNote] = field(default_factory=list)
-    without: Counter[str] = field(default_factory=Counter)
+    without: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     copied: list[str] = field(default_factory=list)
-    recaptures: Counter[str] = field(default_factory=Counter)
+    recaptures: dict[str, int] = field(default_factory=dict)
     sightings: int = 2
 
     def add(self, why: str) -> None:
         """Say one more thing about how it runs."""
         if why not in self.why:
             self.why = "; ".join(filter(None, (self.why, why)))
+
+    def ran_without(self, why: str) -> None:
+        """Count a call without a graph."""
+        self.without[why] = self.without.get(why, 0) + 1
+
+    def captured_again(self, why: str) -> None:
+        """Count a graph that was stale."""
+        self.recaptures[why] = self.recaptures.get(why, 0) + 1
 
     def __str__(self) -> str:
         lines = [f"{self.title}: CUDA graphs {self.mode}{f' ({self.why})' if self.why else ''}"]

@@ -9,8 +9,8 @@ import torch
 from ..arch import Arch
 from ..errors import ArgumentError, TuningError
 from ..launch import Launch
-from ..op import EXACT, Op, Refusal
-from ..testing import difference, relative_error
+from ..op import Op, Refusal
+from ..testing import disagreement, relative_error
 from . import store
 
 Key = Mapping[str, Any]
@@ -131,14 +131,8 @@ class Tunable:
                 # A NaN is no number below the limit.
                 return None if wrong <= self.error else f"wrong: its error is {wrong:.2g} of what float64 gives"
             expected = self.op.reference(**bound)
-        names = self.op.outputs(bound)
-        for name, got, wanted in zip(names, results, [expected] if self.op.single else expected, strict=True):
-            tolerance = self.op.tolerance.get(name, EXACT)
-            if not (found := difference(got, wanted, tolerance)).within(tolerance):
-                return (
-                    f"wrong: {name} differs in {found.different} of {found.elements} elements, by up to {found.ulp} ulp"
-                )
-        return None
+        wrong_output = disagreement(self.op, bound, results, [expected] if self.op.single else expected)
+        return f"wrong: {wrong_output}" if wrong_output else None
 
 
 def shared_limit(arch: Arch) -> int:
