@@ -1,4 +1,4 @@
-"""Time products of quantised matrices, every way there is to compute them: `python -m bench.gemm --help`.
+"""Time products of matrices, every way there is to compute them: `python -m bench.gemm --help`.
 
 Weights are rotated past the L2, as those of a model's layers are. What bounds few rows is memory, measured as a copy of
 as many bytes in the same run; what bounds many, the matrix units' published rate. Each cell is written when it is done,

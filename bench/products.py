@@ -11,7 +11,7 @@ import torch
 from fusionpass.arch import Arch
 from fusionpass.launch import Launch, Plain
 from fusionpass.op import Op
-from fusionpass.ops import block_scaled_mm, scaled_mm
+from fusionpass.ops import block_scaled_mm, linear, scaled_mm
 from fusionpass.ops.gemm.blocks_triton import table_key
 from fusionpass.ops.gemm.dispatch import KINDS
 from fusionpass.ops.gemm.libraries import by_deep_gemm
@@ -25,6 +25,7 @@ SHAPES = {
     "qwen3_8b": [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)],
     "llama3_8b": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
     "llama3_70b": [(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)],
+    "qwen3_8b_head": [(151936, 4096)],
     "deepseek_v3": [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048)],
 }
 """[N, K] of a layer's products, projections that share an input packed."""
@@ -32,10 +33,13 @@ BLOCKS = {
     "fp8_group128": "fp8_block128", "int8_group128": "int8_block128", "mxfp8": "mxfp8", "nvfp4": "nvfp4",
 }  # fmt: skip
 """The scheme of the weight by that of the input, where scales change along K."""
-SCHEMES = ("fp8_token", "fp8_static", "int8_token", *BLOCKS)
+SCHEMES = ("bf16", "fp8_token", "fp8_static", "int8_token", *BLOCKS)
+BYTES = {"bf16": 2.0, "nvfp4": 0.5}
+"""Of an element, where it is not one."""
 PEAKS = {"sm_90": {"fp8": 1979.0, "int8": 1979.0, "16-bit": 989.0}}
 """Dense TFLOP/s of the H100's and H200's matrix units, by what they multiply (NVIDIA's data sheets, SXM)."""
 CONFIGURE = {
+    linear: "fusionpass.ops.gemm.stream.configure",
     scaled_mm: "fusionpass.ops.gemm.stream.configure",
     block_scaled_mm: "fusionpass.ops.gemm.blocks_triton.configure",
 }
@@ -79,6 +83,9 @@ def arguments(rows: int, columns: int, k: int, scheme: str) -> dict[str, Any]:
         key = table_key(BLOCKS[scheme], columns, k)
         made = TUNABLES["block_scaled_mm"].arguments(key, rows, torch.bfloat16, "cuda", None)
         return block_scaled_mm.bind((), made)
+    if scheme == "bf16":
+        x, w = (torch.randn(n, k, device="cuda").bfloat16() for n in (rows, columns))
+        return linear.bind((x, w * k**-0.5), {})
     dtype = torch.int8 if scheme == "int8_token" else torch.float8_e4m3fn
     a, b = (torch.randn(n, k, device="cuda").mul(30).to(dtype) for n in (rows, columns))
     sizes: Any = [(), ()] if scheme == "fp8_static" else [(rows, 1), (1, columns)]
@@ -88,7 +95,7 @@ def arguments(rows: int, columns: int, k: int, scheme: str) -> dict[str, Any]:
 
 def op_of(scheme: str) -> Op:
     """What multiplies codes of a scheme."""
-    return block_scaled_mm if scheme in BLOCKS else scaled_mm
+    return block_scaled_mm if scheme in BLOCKS else linear if scheme == "bf16" else scaled_mm
 
 
 def check(given: dict[str, Any], got: torch.Tensor) -> None:
@@ -101,6 +108,8 @@ def check(given: dict[str, Any], got: torch.Tensor) -> None:
         expected = block_scaled_mm.reference(**{**given, "out_dtype": "float32"})
         assert (got.float() - expected).norm() <= 3e-3 * expected.norm()
         return
+    if "x" in given:
+        given = {"a": given["x"], "b": given["w"].t(), "a_scale": torch.ones(()), "b_scale": torch.ones(())}
     a, b = given["a"].double(), given["b"].double()
     scales = given["a_scale"].double() * given["b_scale"].double()
     expected, terms = (a @ b) * scales, (a.abs() @ b.abs()) * scales
@@ -117,12 +126,12 @@ def ways(scheme: str, given: list[dict[str, Any]], cut: Cut | None = None) -> It
     """Each way to multiply by its name, or the reason why there is none; "auto" is what the dispatch chooses."""
     op, arch, first = op_of(scheme), Arch.of(torch.device("cuda")), given[0]
     planned, name = op.plan(arch, first)
-    yield "auto", name if planned is not None else "cublas" if op is scaled_mm else "dequantize"
+    yield "auto", name if planned is not None else "dequantize" if op is block_scaled_mm else "cublas"
     try:
         yield "triton", launch_call([with_cut(op, one, CONFIGURE[op], cut) for one in given])
     except AssertionError:
         yield "triton", op.plan(arch, first)[1]
-    if op is scaled_mm:
+    if op is not block_scaled_mm:
         # As the op's reference calls it; int8 with its epilogue as a compiled model has it.
         torch._dynamo.reset()
         whole = torch.compile(op.reference, dynamic=False) if scheme == "int8_token" else op.reference
@@ -185,9 +194,9 @@ def limit(scheme: str, rows: int, columns: int, k: int, copy: float) -> tuple[fl
     peaks = PEAKS.get(Arch.of(torch.device("cuda")).name)
     if peaks is None:
         return None
-    wide = scheme in ("mxfp8", "nvfp4")  # unpacked to 16 bits
+    wide = scheme in ("bf16", "mxfp8", "nvfp4")  # codes are unpacked to 16 bits
     units = peaks["16-bit" if wide else "int8" if scheme.startswith("int8") else "fp8"]
-    byte = 0.5 if scheme == "nvfp4" else 1.0
+    byte = BYTES.get(scheme, 1.0)
     moved = (rows * k + columns * k) * byte + 2 * rows * columns
     by_bytes, by_units = copy * moved / (columns * k * byte), 2e-6 * rows * columns * k / units
     return (by_units, "FLOPs") if by_units > by_bytes else (by_bytes, "bytes")
@@ -196,7 +205,7 @@ def limit(scheme: str, rows: int, columns: int, k: int, copy: float) -> tuple[fl
 def measure(rows: int, columns: int, k: int, scheme: str, cuts: list[Cut]) -> dict[str, Any]:
     """Microseconds of each way to multiply such matrices, and the best cut where some are searched."""
     size, op = torch.cuda.get_device_properties(0).L2_cache_size, op_of(scheme)
-    stored = columns * k // (2 if scheme == "nvfp4" else 1)
+    stored = int(columns * k * BYTES.get(scheme, 1.0))
     sets = cold_sets(stored, size) or 1
     given = [arguments(rows, columns, k, scheme) for _ in range(sets)]
     source = [torch.empty(stored // 2, dtype=torch.uint8, device="cuda") for _ in range(2 * sets)]

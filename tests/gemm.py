@@ -11,7 +11,7 @@ from fusionpass.arch import Arch
 from fusionpass.launch import Launch
 from fusionpass.ops import scaled_mm, scaled_mms
 from fusionpass.ops.gemm import OUTPUTS
-from fusionpass.ops.gemm.dispatch import SINGLE
+from fusionpass.ops.gemm.dispatch import KINDS, SINGLE
 from fusionpass.ops.gemm.several import WEIGHTS
 from tests.kernels import poisoned
 
@@ -117,19 +117,33 @@ def check_linear(
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Run the kernels of `linear_bf16_fp32`: within the roundings of a float32 sum of what is exact."""
-    from fusionpass.ops.gemm.stream import plan_linear
+    """Run the kernels of `linear_bf16_fp32`: within the roundings of a float32 sum of what is exact.
+
+    Those of `linear` too: rounded once, with a bias and without.
+    """
+    from fusionpass.ops.gemm.stream import plan_linear, plan_router
 
     generator = torch.Generator(device).manual_seed(rows * columns + k)
-    x, w = (torch.randn(n, k, generator=generator, device=device).to(dtype) for n in (rows, columns))
-    with mock.patch("fusionpass.ops.gemm.stream.configure", return_value=cut) if cut else mock.MagicMock():
-        launch = plan_linear(arch, x, w)
-    assert isinstance(launch, Launch), launch
-    with poisoned():
-        (got,) = launch.run()
+    x, w, bias = (
+        torch.randn(shape, generator=generator, device=device).to(dtype)
+        for shape in ((rows, k), (columns, k), (columns,))
+    )
     a, b = x.double(), w.double().t()
-    assert (got.shape, got.dtype, got.is_contiguous()) == ((rows, columns), torch.float32, True)
-    assert ((got.double() - a @ b).abs() <= (k + 1) * 2.0**-24 * (a.abs() @ b.abs())).all()
+    anywhere = mock.patch.dict(KINDS["bf16"], triton=KINDS["bf16_fp32"]["triton"])  # not only where it was measured
+    for added in ("router", None, bias):
+        patch = mock.patch("fusionpass.ops.gemm.stream.configure", return_value=cut) if cut else mock.MagicMock()
+        with patch, anywhere:
+            launch = plan_router(arch, x, w) if isinstance(added, str) else plan_linear(arch, x, w, added)
+        assert isinstance(launch, Launch), launch
+        with poisoned():
+            (got,) = launch.run()
+        to = torch.float32 if isinstance(added, str) else dtype
+        assert (got.shape, got.dtype, got.is_contiguous()) == ((rows, columns), to, True)
+        terms, exact = a.abs() @ b.abs(), a @ b
+        if isinstance(added, torch.Tensor):
+            terms, exact = terms + added.double().abs(), exact + added.double()
+        rounding = 0 if isinstance(added, str) else torch.finfo(dtype).eps / 2 * exact.abs() * 1.01
+        assert ((got.double() - exact).abs() <= (k + 2) * 2.0**-24 * terms + rounding).all()
 
 
 def each_of(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from .activation import (
 from .attention import attention, attention_quantize, view_heads
 from .gemm import scaled_mm
 from .gemm.blocks import block_scaled_mm
-from .gemm.linear import linear_bf16_fp32
+from .gemm.linear import linear, linear_bf16_fp32
 from .gemm.several import scaled_mms
 from .moe import experts
 from .norm import (
@@ -43,8 +43,8 @@ __all__ = [
     "add_rms_norm_quantize", "attention", "attention_quantize", "block_scaled_mm", "cache_write", "clamped_swiglu",
     "clamped_swiglu_quantize", "dequantize", "experts",
     "gated_rms_norm", "gated_rms_norm_quantize", "gelu", "gelu_mul", "gelu_mul_quantize", "gelu_quantize",
-    "layer_norm", "layer_norm_quantize", "linear_bf16_fp32", "norm_heads", "norm_rope", "qk_norm", "qk_norm_rope",
-    "qk_norm_rope_cache", "qk_rope", "qk_rope_cache", "quantize", "relu_squared", "relu_squared_quantize",
-    "rms_norm", "rms_norm_quantize", "rope", "scaled_mm", "scaled_mms", "silu", "silu_mul", "silu_mul_quantize",
-    "silu_quantize", "view_heads",
+    "layer_norm", "layer_norm_quantize", "linear", "linear_bf16_fp32", "norm_heads", "norm_rope", "qk_norm",
+    "qk_norm_rope", "qk_norm_rope_cache", "qk_rope", "qk_rope_cache", "quantize", "relu_squared",
+    "relu_squared_quantize", "rms_norm", "rms_norm_quantize", "rope", "scaled_mm", "scaled_mms", "silu", "silu_mul",
+    "silu_mul_quantize", "silu_quantize", "view_heads",
 ]  # fmt: skip

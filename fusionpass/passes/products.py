@@ -1,4 +1,7 @@
-"""products: PyTorch's products of quantised matrices, and routers', → the ops, on GPUs, where they mean the same."""
+"""products: PyTorch's products of quantised matrices, of few rows and of routers → the ops, on GPUs.
+
+Where they mean the same. Products of 16-bit floats with more rows than a kernel of ours is for stay PyTorch's.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,11 +15,13 @@ from ..op import OPS, Op
 from ..ops.gemm import NAMES, request_of, scaled_mm
 from ..ops.gemm.blocks import block_scaled_mm
 from ..ops.gemm.blocks import request_of as blocks_request_of
-from ..ops.gemm.dispatch import Request
-from ..ops.gemm.linear import linear_bf16_fp32
-from ..ops.gemm.linear import request_of as linear_request_of
+from ..ops.gemm.dispatch import HALF, Request
+from ..ops.gemm.linear import linear, linear_bf16_fp32, linear_request_of
+from ..ops.gemm.linear import request_of as router_request_of
+from ..ops.rows import known, static
 from ..report.trace import Site
 
+_HALF = (torch.bfloat16, torch.float16)
 DEVICES = ("cuda",)
 """Where the op may have a kernel; elsewhere a call is best left as it is."""
 _TENSOR_WISE, _ROW_WISE = 0, 1
@@ -26,7 +31,7 @@ _TENSOR_WISE, _ROW_WISE = 0, 1
 def products(graph: Graph, disable: frozenset[str] = frozenset()) -> None:
     """Replace such calls in `graph`, in place; a call of another kind stays as it is."""
     infer = Inference()
-    for target, (op, read) in _SPELLINGS.items():
+    for target, (op, read) in _SPELLINGS:
         for node in graph.find_nodes(op="call_function", target=target) if op.name not in disable else ():
             arguments = read(node) if node.meta["val"].device.type in DEVICES else None
             if arguments is None:
@@ -90,7 +95,35 @@ def _arguments(node: Node, given: dict[str, Any], a_scale: Any, b_scale: Any) ->
     return {**operands, "bias": given.get("bias"), "out_dtype": name, "fast_accum": fast}
 
 
-def _linear(node: Node) -> dict[str, Any] | None:
+def _mm(node: Node) -> dict[str, Any] | None:
+    """`mm` of few rows of 16 bits with the rows of a weight."""
+    return _few_rows(node, *node.args)
+
+
+def _addmm(node: Node) -> dict[str, Any] | None:
+    """`addmm`, likewise: with a bias behind it."""
+    bias, x, turned = node.args
+    added = value(bias)  # type: ignore[arg-type]
+    if {"beta": 1, "alpha": 1, **node.kwargs} != {"beta": 1, "alpha": 1} or added is None or added.dim() != 1:
+        return None
+    return _few_rows(node, x, turned, bias)
+
+
+def _few_rows(node: Node, x: Any, turned: Any, bias: Any = None) -> dict[str, Any] | None:
+    few, w = value(x), value(turned)
+    if few is None or w is None or few.dtype not in _HALF or not known(w.stride(0) == 1):
+        return None
+    if (static(few.shape[0]) or 0) > HALF or not isinstance(w.shape[0], int) or w.shape[0] % 8:
+        return None
+    if turned.target is aten.permute.default:
+        return {"x": x, "w": turned.args[0], "bias": bias}
+    with node.graph.inserting_before(node):
+        again = node.graph.call_function(aten.permute.default, (turned, [1, 0]))
+        again.meta = inherit(turned, w.permute(1, 0))
+    return {"x": x, "w": again, "bias": bias}
+
+
+def _router(node: Node) -> dict[str, Any] | None:
     """`mm` of what was bfloat16 before it was made float32 for this, as routers have it."""
     found = [_widened(operand) for operand in node.args]
     if not all(found):
@@ -126,8 +159,14 @@ def _again(source: Node, views: list[Node]) -> Node:
 _REQUESTS: dict[Op, Callable[..., Request | None]] = {
     scaled_mm: request_of,
     block_scaled_mm: blocks_request_of,
-    linear_bf16_fp32: linear_request_of,
+    linear: linear_request_of,
+    linear_bf16_fp32: router_request_of,
 }
-_SPELLINGS = {aten._scaled_mm.default: (scaled_mm, _scaled_mm), aten.mm.default: (linear_bf16_fp32, _linear)}
+_SPELLINGS = [
+    (aten._scaled_mm.default, (scaled_mm, _scaled_mm)),
+    (aten.mm.default, (linear_bf16_fp32, _router)),
+    (aten.mm.default, (linear, _mm)),
+    (aten.addmm.default, (linear, _addmm)),
+]
 if hasattr(torch.ops.aten, "_scaled_mm_v2"):  # from torch 2.10 on
-    _SPELLINGS[torch.ops.aten._scaled_mm_v2.default] = (scaled_mm, _scaled_mm_v2)
+    _SPELLINGS.append((torch.ops.aten._scaled_mm_v2.default, (scaled_mm, _scaled_mm_v2)))

@@ -9,7 +9,7 @@ import triton
 
 from ..arch import Arch
 from ..op import OPS, Op
-from ..ops import block_scaled_mm, experts, quantize, scaled_mm
+from ..ops import block_scaled_mm, experts, linear, quantize, scaled_mm
 from ..ops.gemm import blocks_triton, stream
 from ..ops.moe import triton as moe
 from ..ops.moe import weight_scheme
@@ -97,6 +97,21 @@ def _scaled(key: Key, m: int, dtype: torch.dtype, device: str, generator: Any) -
     sizes: Any = [(), ()] if whole else [(m, 1), (1, key["N"])]
     scales = [torch.ones(size, device=device) / 30 / key["K"] ** 0.25 for size in sizes]
     return {"a": a, "b": b.t(), "a_scale": scales[0], "b_scale": scales[1], "out_dtype": str(dtype)[6:]}
+
+
+def _plain(key: Key, m: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, Any]:
+    kind = torch.float16 if key["dtype"] == "fp16" else torch.bfloat16
+    x, w = (_normal((n, key["K"]), device, generator) for n in (m, key["N"]))
+    return {"x": x.to(kind), "w": (w / key["K"] ** 0.5).to(kind)}
+
+
+def _exact_linear(bound: Mapping[str, Any]) -> torch.Tensor:
+    made: torch.Tensor = bound["x"].double() @ bound["w"].double().t()
+    return made
+
+
+def _plain_work(key: Key, m: int) -> tuple[float, float]:
+    return 2.0 * (key["K"] * (key["N"] + m) + m * key["N"]), 2.0 * m * key["N"] * key["K"]
 
 
 def _stream_space(arch: Arch, key: Key) -> Iterator[stream.Cut]:
@@ -265,6 +280,11 @@ def _products(model: models.Model | models.Sizes, scheme: str) -> Iterator[tuple
             yield name, blocks_triton.table_key(kind, columns, k)
 
 
+def _linears(model: models.Model | models.Sizes, scheme: str) -> Iterator[tuple[str, Key]]:
+    for name, columns, k in model.products() if scheme == "bf16" else ():
+        yield name, {"N": columns, "K": k, "dtype": "bf16"}
+
+
 def _streams(model: models.Model | models.Sizes, scheme: str) -> Iterator[tuple[str, Key]]:
     kind = {"fp8_token": "fp8_row", "fp8_static": "fp8_tensor", "int8_token": "int8_row"}.get(scheme)
     for name, columns, k in model.products() if kind else ():
@@ -289,6 +309,9 @@ TUNABLES: dict[str, Tunable] = {
     ),
     "scaled_mm": Tunable(
         "scaled_mm", scaled_mm, _scaled, _stream_space, _stream_footprint, _block_work, _streams,
+    ),
+    "linear": Tunable(
+        "linear", linear, _plain, _stream_space, _stream_footprint, _plain_work, _linears, exact=_exact_linear,
     ),
     "experts": Tunable(
         "experts", experts, _mixture, _mixture_space, _mixture_footprint, _mixture_work, _mixtures,

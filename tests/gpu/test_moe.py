@@ -1,5 +1,6 @@
 """The kernels of mixtures of experts on the device: against float64, beside PyTorch's grouped products, in a graph."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -107,6 +108,18 @@ def test_a_model_of_transformers(name: str) -> None:
     assert difference <= 0.03 * expected.logits.double().norm()
 
 
+def logits_of_moved(model: torch.nn.Module, inputs: dict[str, Any], seed: int) -> torch.Tensor:
+    """The logits in eager mode where two of three of the embedding's elements are a step of bfloat16 away."""
+    other = copy.deepcopy(model)
+    weight = other.get_input_embeddings().weight
+    generator = torch.Generator("cuda").manual_seed(seed)
+    step = torch.randint(-1, 2, weight.shape, generator=generator, device="cuda") * 2.0**-8
+    with torch.no_grad():
+        weight.mul_(1 + step)
+        logits: torch.Tensor = other(**inputs).logits
+    return logits.double()
+
+
 @pytest.mark.parametrize("scheme", ["fp8_static", "fp8_group128", "mxfp8", "nvfp4"])
 @pytest.mark.parametrize("name", ["Qwen3-MoE", "GPT-OSS"])
 def test_a_quantised_model(name: str, scheme: str) -> None:
@@ -119,9 +132,12 @@ def test_a_quantised_model(name: str, scheme: str) -> None:
     fusionpass.quantize_(model, scheme, data, skip="lm_head")
     with torch.no_grad():
         expected = model(**inputs).logits.double()
+        # Codes on either side of a rounding are a step apart, and so are experts chosen by nearly equal scores: what
+        # that does to a model is what a step of bfloat16 in its embedding does.
+        moved = max((logits_of_moved(model, inputs, seed) - expected).norm() for seed in range(4))
         compiled = fusionpass.compile(model, cache=False)
         got = compiled(**inputs).logits.double()
     found = [record for record in fusionpass.report(compiled).fused if record.op == "experts"]
     assert [record.backend for record in found] == ["triton"] * 2
-    # Codes on either side of a rounding are a step apart, and so are experts chosen by nearly equal scores.
-    assert (got - expected).norm() <= 0.1 * expected.norm()
+    assert moved <= 0.5 * expected.norm()
+    assert (got - expected).norm() <= 1.5 * moved + 0.01 * expected.norm()

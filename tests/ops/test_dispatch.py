@@ -8,7 +8,7 @@ import pytest
 from fusionpass.arch import Arch
 from fusionpass.errors import ArgumentError
 from fusionpass.ops import block_scaled_mm, scaled_mm
-from fusionpass.ops.gemm.dispatch import FEW, KINDS, SINGLE, Request, choose, why_not
+from fusionpass.ops.gemm.dispatch import FEW, HALF, KINDS, SINGLE, Request, choose, why_not
 from tests.blocks import product_of as blocks_of
 from tests.gemm import INT8, product_of
 
@@ -17,8 +17,13 @@ TARGETS = (
     "gfx950",
 )  # fmt: skip
 FP8 = {"sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121", "gfx950"}
+NOT_NVIDIA = ("cpu", "gfx942", "gfx950")
 GPUS = {name for name in TARGETS if name not in ("cpu", "sm_75")}
 CHOSEN_FOR_FEW = {
+    # With more than one row measured on Hopper alone.
+    "bf16": {**dict.fromkeys(TARGETS, "cublas"), "sm_90": "triton", **dict.fromkeys(NOT_NVIDIA, "reference")},
+    "fp16": {**dict.fromkeys(TARGETS, "cublas"), "sm_90": "triton", **dict.fromkeys(NOT_NVIDIA, "reference")},
+    "fp32": {**dict.fromkeys(TARGETS, "cublas"), **dict.fromkeys(NOT_NVIDIA, "reference")},
     "bf16_fp32": dict.fromkeys(GPUS, "triton"),
     "fp8_tensor": dict.fromkeys(FP8 | {"gfx942"}, "triton"),
     "fp8_row": dict.fromkeys(FP8 | {"gfx942"}, "triton"),
@@ -65,6 +70,13 @@ def test_many_rows(name: str) -> None:
         if CHOSEN_FOR_FEW[kind].get(name) == "triton":
             assert chosen.rejected["triton"] == f"{most + 1} rows are bound by their products (at most {most})"
             assert choose(arch, Request(kind, most, 4096, 4096)).algorithm == "triton"
+    for kind in ("bf16", "fp16"):
+        assert (choose(arch, Request(kind, 1, 4096, 4096)).algorithm == "triton") == (name in GPUS)
+        assert (choose(arch, Request(kind, None, 4096, 4096)).algorithm == "triton") == (name in GPUS)
+        for rows, why in ((HALF, "was not measured on"), (HALF + 1, f"bound by their products (at most {HALF})")):
+            chosen = choose(arch, Request(kind, rows, 4096, 4096))
+            assert (chosen.algorithm == "triton") == (name == "sm_90" and rows == HALF)
+            assert chosen.algorithm == "triton" or name not in GPUS or why in chosen.rejected["triton"]
     assert (choose(arch, Request("fp8_block128", FEW + 4, 4096, 4096)).algorithm == "cublas") == (name == "sm_90")
     for kind in ("fp8_block128", "int8_block128", "mxfp8", "nvfp4") if name != "sm_90" else ("mxfp8", "nvfp4"):
         assert choose(arch, Request(kind, 4096, 4096, 4096)) == choose(arch, Request(kind, 8, 4096, 4096))
@@ -198,7 +210,7 @@ def test_a_name_that_there_is_not() -> None:
 
 def test_without_triton(only_triton: set[str]) -> None:
     only_triton.clear()
-    for kind in KINDS:
+    for kind in {*KINDS} - {"fp32"}:  # which has no kernel
         assert choose(Arch("sm_90"), Request(kind, 8, 4096, 4096)).rejected["triton"] == "triton is not installed here"
 
 

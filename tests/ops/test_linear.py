@@ -1,4 +1,4 @@
-"""linear_bf16_fp32: what it computes, and what computes it where."""
+"""linear and linear_bf16_fp32: what they compute, and what computes them where."""
 
 import importlib.util
 import re
@@ -11,8 +11,9 @@ from fusionpass import Config
 from fusionpass.arch import Arch
 from fusionpass.errors import ArgumentError
 from fusionpass.launch import Late, Launch
-from fusionpass.ops import linear_bf16_fp32
+from fusionpass.ops import linear, linear_bf16_fp32
 from fusionpass.ops.gemm.dispatch import KINDS, Request, choose
+from fusionpass.ops.gemm.stream import Cut, configure
 from fusionpass.session import Session
 from tests.fake_gpu import codegen, needs_cuda_build
 
@@ -190,3 +191,88 @@ def test_a_router_in_inductors_wrapper(rows: int, kernels: list[str]) -> None:
     calls = [name for name in re.findall(r"(\w+)\.run\(", source) if "softmax" not in name]
     assert [name for name in kernels for call in calls if name in call] == kernels
     assert ("extern_kernels.mm_dtype" in source) == (not kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("m", [0, 1, 7])
+def test_linear_is_pytorchs(m: int, dtype: torch.dtype) -> None:
+    x, w = (t.to(dtype) for t in operands(m, 24, 128))
+    bias = torch.randn(24).to(dtype)
+    for algo in ("auto", "reference"):
+        assert torch.equal(linear(x, w, algo=algo), torch.nn.functional.linear(x, w))
+        assert torch.equal(linear(x, w, bias, algo), torch.nn.functional.linear(x, w, bias))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algo": "tritn"}, "there is no algorithm 'tritn'. Did you mean 'triton'?"),
+        ({"algo": "cublas"}, "cublas cannot: cuBLAS is for NVIDIA GPUs, not cpu"),
+        ({"algo": "triton"}, "triton cannot: the cpu has no Triton kernels"),
+        ({"x": torch.zeros(2, 3, 64).bfloat16()}, r"x is \(2, 3, 64\), w \(8, 64\)"),
+        ({"x": torch.zeros(2, 64)}, "x is torch.float32, w torch.bfloat16"),
+        ({"x": torch.zeros(2, 64).double(), "w": torch.zeros(8, 64).double()}, "x is torch.float64"),
+        ({"bias": torch.zeros(7).bfloat16()}, r"bias is torch.bfloat16, shape \(7,\)"),
+        ({"bias": torch.zeros(8)}, "bias is torch.float32"),
+    ],
+)
+def test_mistakes_with_linear_are_named(changes: dict[str, Any], message: str) -> None:
+    x, w = operands(2, 8, 64)
+    with pytest.raises(ArgumentError, match=message):
+        linear(**{"x": x, "w": w, **changes})
+
+
+def linear_planned(rows: int, name: str = "sm_90", dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
+    x, w = (t.to(dtype) for t in operands(rows, 256, 512))
+    return linear.plan(Arch(name), linear.bind((), {"x": x, "w": w, **changes}))
+
+
+def test_what_is_planned_of_linear() -> None:
+    for rows in (1, 8, 32):
+        for dtype in (torch.bfloat16, torch.float16):
+            launch, why = linear_planned(rows, dtype=dtype)
+            out = launch.all[-1].args["out"]
+            assert (why, out.dtype, out.shape) == ("triton", dtype, (rows, 256))
+    assert linear_planned(33) == (None, "triton: 33 rows are bound by their products (at most 32)")
+    assert linear_planned(8, "sm_80") == (None, "triton: with 8 rows it was not measured on sm_80")
+    assert linear_planned(1, "sm_80")[1] == linear_planned(1, "gfx942")[1] == "triton"
+    assert (
+        linear_planned(8, dtype=torch.float32)[1] == "triton: the kernels multiply 16-bit floats and codes, not float32"
+    )
+    assert linear_planned(8, algo="cublas") == (None, "triton: cublas was asked for")
+    with pytest.raises(ArgumentError, match="triton cannot: 33 rows"):
+        linear_planned(33, algo="triton")
+
+
+def test_how_16_bits_are_cut() -> None:
+    """Each branch of the rule, by a size that takes it."""
+    h100, others = Arch("sm_90"), Arch("sm_89")
+    of = {
+        (1, 4096): Cut(4, 4096, stages=1),
+        (8, 1024): configure(h100, 8, 1024, 4096),
+        (8, 4096): Cut(32, 256, stages=6, parts=2),
+        (8, 6144): Cut(32, 256, warps=2, stages=6),
+        (32, 6144): Cut(64, 256),
+        (8, 24576): Cut(64, 256, stages=3),
+        (32, 24576): Cut(64, 256, stages=3),
+        (8, 151936): Cut(64, 256, stages=3),
+        (32, 151936): Cut(128, 256, warps=8),
+    }
+    for (rows, columns), cut in of.items():
+        assert configure(h100, rows, columns, 4096, 2) == cut, (rows, columns)
+    assert configure(others, 8, 4096, 4096, 2) == configure(others, 8, 4096, 4096)
+    assert configure(others, 1, 4096, 4096, 2) == of[1, 4096]
+
+
+@needs_cuda_build
+@pytest.mark.parametrize(("numerics", "rows", "kernels"), [("fast", 8, ["stream"]), ("eager", 8, []), ("fast", 33, [])])
+def test_a_head_in_inductors_wrapper(numerics: str, rows: int, kernels: list[str]) -> None:
+    def make() -> tuple[torch.Tensor, ...]:
+        shapes = ((1, rows, 512), (32000, 512), (32000,))
+        return tuple(torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes)
+
+    session = Session(Config(target=Arch("sm_90"), numerics=numerics))
+    (source,) = codegen(lambda x, w, b: torch.nn.functional.linear(x, w, b), make, "sm_90", session)
+    assert session.report.count("linear") == len(kernels)
+    assert [name for name in kernels for call in re.findall(r"(\w+)\.run\(", source) if name in call] == kernels
+    assert ("extern_kernels.addmm" in source) == (not kernels)

@@ -125,6 +125,42 @@ def test_products_that_are_no_routers_stay() -> None:
     assert after(router, x.bfloat16(), w)[1] == []
     assert after(router, x, w.bfloat16())[1] == []
     assert after(router, x.half(), w.half())[1] == []
-    assert after(lambda x, w: x @ w.t(), x.bfloat16(), w.bfloat16())[1] == []
+    assert after(lambda x, w: x @ w.t(), x.bfloat16(), w.bfloat16(), disable=frozenset({"linear"}))[1] == []
     assert after(lambda x, w: x.double() @ w.double().t(), x.bfloat16(), w.bfloat16())[1] == []
     assert after(router, x.bfloat16(), w.bfloat16(), disable=frozenset({"linear_bf16_fp32"}))[1] == []
+
+
+def linear_of(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.nn.functional.linear(x, w, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64), (32, 64), (2, 3, 64)])
+def test_few_rows_of_16_bits(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, w, bias = torch.randn(shape).to(dtype), torch.randn(48, 64).to(dtype), torch.randn(48).to(dtype)
+    for added in (None, bias):
+        graph, (found,) = after(linear_of, x, w, added) if added is not None else after(linear_of, x, w)
+        assert tuple(found["w"].meta["val"].shape) == (48, 64)
+        assert found["w"].op == "placeholder"
+        assert (found["bias"] is None) == (added is None)
+        inputs = (x, w) if added is None else (x, w, added)
+        assert torch.equal(torch.fx.GraphModule({}, graph)(*inputs), linear_of(*inputs))
+
+
+def test_a_weight_that_lies_the_other_way() -> None:
+    x, w = torch.randn(4, 64).bfloat16(), torch.randn(48, 64).bfloat16()
+    graph, (found,) = after(lambda x, t: x @ t, x, w.t())
+    assert found["w"].meta["val"].stride() == (64, 1)
+    assert torch.equal(torch.fx.GraphModule({}, graph)(x, w.t()), x @ w.t())
+    assert after(lambda x, t: x @ t, x, w.t().contiguous())[1] == []
+
+
+def test_linears_that_stay() -> None:
+    x, w = torch.randn(33, 64).bfloat16(), torch.randn(48, 64).bfloat16()
+    assert after(linear_of, x, w)[1] == []
+    assert after(linear_of, x[:4].float(), w.float())[1] == []
+    assert after(linear_of, x[:4, :60], w[:, :60])[1] == []
+    assert after(lambda b, x, w: torch.addmm(b, x, w.t(), beta=2), w[:4, :48], x[:4], w)[1] == []
+    assert after(lambda b, x, w: torch.addmm(b, x, w.t(), alpha=2), x[0, :48], x[:4], w)[1] == []
+    assert after(lambda b, x, w: torch.addmm(b, x, w.t()), w[:4, :48], x[:4], w)[1] == []
+    assert after(linear_of, x[:4], w, disable=frozenset({"linear"}))[1] == []

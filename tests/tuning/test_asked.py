@@ -8,7 +8,17 @@ import torch
 
 from fusionpass.arch import Arch
 from fusionpass.op import Op
-from fusionpass.ops import attention, block_scaled_mm, gated_rms_norm, quantize, rms_norm, rope, scaled_mm, silu_mul
+from fusionpass.ops import (
+    attention,
+    block_scaled_mm,
+    gated_rms_norm,
+    linear,
+    quantize,
+    rms_norm,
+    rope,
+    scaled_mm,
+    silu_mul,
+)
 
 pytest.importorskip("triton")
 from fusionpass.ops.attention import decode_triton
@@ -26,6 +36,7 @@ ASKED = {
     attention: "attention.decode_triton.choose",
     rope: "rope.triton.choose",
     scaled_mm: "gemm.stream.choose",
+    linear: "gemm.stream.choose",
     block_scaled_mm: "gemm.blocks_triton.choose",
 }
 

@@ -101,6 +101,7 @@ def test_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--N", "512", "--K", "512"], {"block_scaled_mm"}),
         (["--N", "512", "--K", "512", "--input-type", "fp8_token"], {"scaled_mm"}),
+        (["--N", "512", "--K", "512", "--input-type", "bf16"], {"linear"}),
         (["--N", "256", "--K", "512", "--E", "8", "--input-type", "bf16"], {"experts"}),
         (["--width", "1024", "--input-type", "bf16"], {"rms_norm", "add_rms_norm", "silu_mul"}),
     ],
@@ -108,7 +109,7 @@ def test_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_kernels_that_the_sizes_fit(options: list[str], count: set[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "--dry-run", "--batch-sizes", "8", *options]) == 0
     told = set(capsys.readouterr().out.split())
-    names = {"block_scaled_mm", "scaled_mm", "experts", "rms_norm", "add_rms_norm", "silu_mul"}
+    names = {"block_scaled_mm", "scaled_mm", "linear", "experts", "rms_norm", "add_rms_norm", "silu_mul"}
     assert names & told == count
 
 

@@ -1,4 +1,4 @@
-"""The product of a router: bfloat16 in, float32 out."""
+"""Products of what is not quantised: of a linear, and of a router, bfloat16 in and float32 out."""
 
 import importlib
 from typing import Any
@@ -10,9 +10,58 @@ from ...errors import ArgumentError
 from ...launch import Plain
 from ...op import Backend, Tolerance, op
 from ..rows import static, triton_backend
+from . import NAMES
 from .dispatch import Request, check_algorithm, named
 
 _KIND = "bf16_fp32"
+_KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def _sample_linear(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
+    x, w = (torch.randn(rows, width, generator=generator, device=device).to(dtype) for rows in (tokens, width))
+    return {"x": x, "w": w * width**-0.5, "bias": x.new_ones(width)}
+
+
+@op(
+    outputs=("product",),
+    sample=_sample_linear,
+    tolerance={"product": Tolerance(ulp=1, fraction=0.05, fp32_ulp=4, floor=2**-12)},
+)
+def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, algo: str = "auto") -> torch.Tensor:
+    """`x @ w.T + bias` in the dtype of `x`, summed in float32 and rounded once.
+
+    Args:
+        x: [M, K], bfloat16, float16 or float32.
+        w: [N, K], `x.dtype`.
+        bias: [N], `x.dtype`.
+        algo: "triton" (at most 32 rows of 16 bits), "cublas", "reference", or "auto", the first of them that can.
+
+    Returns:
+        [M, N], `x.dtype`.
+
+    Raises:
+        ArgumentError: shapes or dtypes do not fit, there is no such algorithm, or it was named and cannot compute this.
+
+    Source: torch.nn.functional.linear.
+    """
+    if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[1]:
+        raise ArgumentError(f"x is {tuple(x.shape)}, w {tuple(w.shape)}", "linear", "Pass [M, K] and [N, K]")
+    if x.dtype not in _KINDS or w.dtype != x.dtype:
+        raise ArgumentError(f"x is {x.dtype}, w {w.dtype}", "linear", "Both must be of one dtype of 16 or 32 bits")
+    if bias is not None and (tuple(bias.shape) != (w.shape[0],) or bias.dtype != x.dtype):
+        raise ArgumentError(f"bias is {bias.dtype}, shape {tuple(bias.shape)}", "linear", f"Pass [{w.shape[0]}]")
+    check_algorithm(Request(_KINDS[x.dtype], None, w.shape[0], w.shape[1]), algo, x.device)
+    return torch.nn.functional.linear(x, w, bias)
+
+
+def linear_request_of(x: torch.Tensor, w: torch.Tensor, **_: Any) -> Request | None:
+    """As `request_of`, of `linear`."""
+    columns, k = (static(size) for size in w.shape)
+    kind = _KINDS[x.dtype]
+    return None if columns is None or k is None else Request(kind, static(x.shape[0]), columns, k, NAMES[x.dtype])
+
+
+linear.backends.append(named(triton_backend(f"{__package__}.stream", "plan_linear"), linear_request_of))
 
 
 def _sample(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
@@ -68,6 +117,6 @@ def _plan_deep_gemm(arch: Arch, x: torch.Tensor, w: torch.Tensor) -> Plain | str
     return Plain(_by_deep_gemm, traced=False)
 
 
-_TRITON = triton_backend(f"{__package__}.stream", "plan_linear")
+_TRITON = triton_backend(f"{__package__}.stream", "plan_router")
 linear_bf16_fp32.backends.append(named(_TRITON, request_of))
 linear_bf16_fp32.backends.append(named(Backend("deep_gemm", _plan_deep_gemm), request_of, asked=False))

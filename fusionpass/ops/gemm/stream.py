@@ -11,9 +11,12 @@ from ...launch import Empty, Late, Launch
 from ...tuning.names import no_power_of_two
 from ...tuning.store import choose
 from ..rows import known, static
-from . import OUTPUTS, is_single
+from . import NAMES, OUTPUTS, is_single
 from .dispatch import Request, kind_of_codes, why_not
 from .kernel import split_kernel, stream_kernel
+
+TABLES = {"bf16": "linear", "fp16": "linear", "bf16_fp32": "linear_bf16_fp32"}
+"""Whose tuned tables have the cuts, where it is not `scaled_mm`; by kind."""
 
 SUMMED = 128
 """FP8 products that Hopper's matrix units sum, in 14 bits, before the sum is added in float32."""
@@ -40,14 +43,17 @@ class Cut:
     parts: int = 1
 
 
-def configure(arch: Arch, rows: int, columns: int, k: int) -> Cut:
+def configure(arch: Arch, rows: int, columns: int, k: int, itemsize: int = 1) -> Cut:
     """The cut for so many rows, the best of `python -m bench.gemm --search` on an H100 but for 2 % at most.
 
     One row multiplies one by one, and each program reads 4 KiB at once. More go through the matrix units, with up to
     48 KiB of weights in flight a program, more of them the smaller a step is; K is split where there would be programs
-    for fewer than two in three multiprocessors, but the more rows, the more it costs to add up.
+    for fewer than two in three multiprocessors, but the more rows, the more it costs to add up. Elements of 16 bits are
+    half as many a byte, and their cuts, of an H200, are others.
     """
     count = arch.multiprocessors
+    if itemsize == 2 and (found := _configure_half(arch, rows, columns)) is not None:
+        return found
     if rows == 1:
         return Cut(4, 1024, warps=2, stages=1) if columns <= 32 * count else Cut(8, 512, stages=1)
     if arch.capability not in (90, 100, 103):
@@ -58,6 +64,22 @@ def configure(arch: Arch, rows: int, columns: int, k: int) -> Cut:
     if rows <= 32 and (splits > 1 or programs > count):
         return Cut(64, 256, splits, stages=3)
     return Cut(64, 128, splits, stages=6)
+
+
+def _configure_half(arch: Arch, rows: int, columns: int) -> Cut | None:
+    """The cut of 16-bit elements where it is not that of codes: within 6 % of the best of a search."""
+    if rows == 1:
+        return Cut(4, 4096, stages=1)
+    programs = triton.cdiv(columns, 64)
+    if arch.capability not in (90, 100, 103) or 3 * programs < arch.multiprocessors:
+        return None
+    if 3 * programs < 2 * arch.multiprocessors:
+        return Cut(32, 256, stages=6, parts=2)
+    if programs <= arch.multiprocessors:
+        return Cut(32, 256, warps=2, stages=6) if rows <= 16 else Cut(64, 256)
+    if rows > 16 and programs > 8 * arch.multiprocessors:
+        return Cut(128, 256, warps=8)
+    return Cut(64, 256, stages=3)
 
 
 def refuse_cut(cut: Cut, rows: int, itemsize: int) -> str | None:
@@ -73,6 +95,7 @@ def refuse_cut(cut: Cut, rows: int, itemsize: int) -> str | None:
 
 def _refuse(
     arch: Arch,
+    kind: str,
     a: torch.Tensor,
     b: torch.Tensor,
     a_scale: torch.Tensor | None,
@@ -92,7 +115,7 @@ def _refuse(
     if not isinstance(k, int) or not isinstance(b.shape[1], int):
         return "the size of the weight is symbolic"
     unit = 16 // a.element_size()
-    if reason := why_not(arch, Request(_kind(a, a_scale, b_scale), static(a.shape[0]), b.shape[1], k), "triton"):
+    if reason := why_not(arch, Request(kind, static(a.shape[0]), b.shape[1], k), "triton"):
         return reason
     if not known(a.stride(1) == 1) or not known(a.stride(0) % unit == 0):
         return f"a has strides {tuple(a.stride())}, not rows of 16 bytes each"
@@ -106,10 +129,11 @@ def _refuse(
     return None
 
 
-def _kind(a: torch.Tensor, a_scale: torch.Tensor | None, b_scale: torch.Tensor | None) -> str:
+def _kind(a: torch.Tensor, a_scale: torch.Tensor | None, b_scale: torch.Tensor | None, out_dtype: str) -> str:
     """What is multiplied, as `dispatch` has it."""
     if a_scale is None or b_scale is None:
-        return "bf16_fp32"
+        plain = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(a.dtype, "fp32")
+        return plain if out_dtype == NAMES[a.dtype] else "bf16_fp32"
     return kind_of_codes(a, is_single(a_scale) and is_single(b_scale))
 
 
@@ -143,7 +167,12 @@ def plan_scaled_mm(
     return _plan(arch, a, a_scale, [Weight(b, b_scale, bias)], out_dtype, fast_accum)
 
 
-def plan_linear(arch: Arch, x: torch.Tensor, w: torch.Tensor) -> Launch | Late | str:
+def plan_linear(arch: Arch, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> Launch | Late | str:
+    """The launches that run `linear`, likewise."""
+    return _plan(arch, x, None, [Weight(w.t(), None, bias, w)], NAMES[x.dtype], False)
+
+
+def plan_router(arch: Arch, x: torch.Tensor, w: torch.Tensor) -> Launch | Late | str:
     """The launches that run `linear_bf16_fp32`, likewise."""
     return _plan(arch, x, None, [Weight(w.t(), None, None, w)], "float32", False)
 
@@ -179,18 +208,18 @@ def plan_scaled_mms(
 def _plan(
     arch: Arch, a: torch.Tensor, a_scale: torch.Tensor | None, weights: list[Weight], out_dtype: str, fast_accum: bool
 ) -> Launch | Late | str:
+    kind = _kind(a, a_scale, weights[0].scale, out_dtype)
     for weight in weights:
-        if reason := _refuse(arch, a, weight.b, a_scale, weight.scale, weight.bias):
+        if reason := _refuse(arch, kind, a, weight.b, a_scale, weight.scale, weight.bias):
             return reason
     rows, k = static(a.shape[0]), weights[0].b.shape[0]
     a_scales, b_scales = (scale is not None and not is_single(scale) for scale in (a_scale, weights[0].scale))
     if rows is None:
         return Late("few rows have a kernel, more go to cuBLAS")
     columns = [weight.b.shape[1] for weight in weights]
-    kind = _kind(a, a_scale, weights[0].scale)
     cut = choose(
-        configure(arch, rows, sum(columns), k),
-        "linear_bf16_fp32" if a_scale is None else "scaled_mm",
+        configure(arch, rows, sum(columns), k, a.element_size()),
+        TABLES.get(kind, "scaled_mm"),
         {"N": sum(columns), "K": k, "dtype": kind},
         arch,
         rows,
