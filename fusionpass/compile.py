@@ -41,7 +41,7 @@ def compile(model: F, config: Config | None = None, **overrides: Any) -> F:
     if isinstance(model, torch.nn.Module):
         session = Session(made, type(model).__name__)
         with inductor.traces_of(session.traces):
-            model.compile(backend=session, **inductor.compile_options(made.guards))
+            inductor.compile_module(model, session, made.guards)
         if hasattr(model, "get_compiled_call"):
             # transformers' generate would compile the model once more around this, for itself, and leave us out.
             vars(model)["get_compiled_call"] = types.MethodType(_compiled_call, model)

@@ -383,3 +383,16 @@ def test_mistakes() -> None:
         dynamo_backend(None, [], options={"guards": "inputs"})  # type: ignore[arg-type]
     with pytest.raises(NotCompiledError, match=r"Call fusionpass\.compile"):
         fusionpass.report(model)
+
+
+def test_a_module_of_torchs_own_is_compiled_whole():
+    """Dynamo has no frame of a Sequential to compile; what it holds would be compiled one by one."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.RMSNorm(64), torch.nn.SiLU(), torch.nn.RMSNorm(64)).requires_grad_(False)
+    x = torch.randn(3, 64)
+    expected = model(x)
+    compiled = fusionpass.compile(model, cache=False, numerics="eager")
+    assert compiled is model
+    torch.testing.assert_close(compiled(x), expected)
+    assert len(fusionpass.report(model).model_graphs) == 1
+    assert {record.where for record in fusionpass.report(model).fused} == {"0", "1", "2"}

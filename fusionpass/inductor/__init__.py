@@ -10,6 +10,7 @@ from .pieces import Compiled, compile_graph, is_training, kernels_in, restore, t
 from .sizes import guards, holds, keep_strides, size_check
 from .state import (
     ISOLATED,
+    compile_module,
     compile_options,
     dynamo_digest,
     graph_break,
@@ -30,6 +31,7 @@ __all__ = [
     "UnsaveableError",
     "artifacts",
     "compile_graph",
+    "compile_module",
     "compile_options",
     "dynamo_digest",
     "fits",

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import inspect
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,20 @@ def compile_options(guards: str) -> dict[str, Any]:
     """Options of `torch.compile` for `Config.guards`."""
     # A dictionary of its own for each call, which takes entries out.
     return {**ISOLATED, "options": {"guard_filter_fn": _of_inputs}} if guards == "inputs" else ISOLATED
+
+
+def compile_module(model: torch.nn.Module, backend: Any, guards: str) -> None:
+    """Compile a module in place, whole.
+
+    Dynamo leaves out the frames of torch's own modules, a Sequential for one, and before torch 2.14 would compile what
+    it holds one by one.
+    """
+    from torch._dynamo import external_utils, trace_rules
+
+    model.compile(backend=backend, **compile_options(guards))
+    if isinstance(model.forward, types.MethodType) and trace_rules.check(model.forward):
+        call = external_utils.wrap_inline(model._call_impl)
+        model._compiled_call_impl = torch.compile(call, backend=backend, **compile_options(guards))
 
 
 def _of_inputs(guards: Sequence[Any]) -> list[bool]:
