@@ -49,12 +49,12 @@ class Session:
         self.report = Report(title)
         self.graphs = Graphs(config.cuda_graphs, config.capture_sizes, config.graph_limit, config.graph_memory)
         self.report.graph_memory = lambda: self.graphs.memory
-        if torch.cuda.is_available():
-            inductor.warm_up()
         self._codes: dict[str, list[_Code]] = {}
         self._dumped: dict[Path, dict[int, str]] = {}
         self._cache = _cache(config)
         self.traces = Traces(self, self._cache) if self._cache is not None and config.traces else None
+        if self.traces is None:
+            inductor.warm_up()
         alone = config.cuda_graphs == "piecewise"
         self._builder = Builder(self._piece, config.boundaries, alone)
 

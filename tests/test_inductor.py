@@ -4,6 +4,7 @@ When a torch release moves one of these, a test here names it.
 """
 
 import ast
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +21,9 @@ from fusionpass.op import OPS
 from tests.models import LlamaNorm, static
 
 pytest.importorskip("triton")
-from tests.fake_gpu import codegen, needs_cuda_build
+from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+from tests.fake_gpu import codegen, fake_gpu, needs_cuda_build
 
 pytestmark = needs_cuda_build
 
@@ -344,3 +347,17 @@ def test_an_op_called_by_the_model_is_lowered_too() -> None:
 
 def test_the_digest_follows_the_sources() -> None:
     assert re.fullmatch(r"[0-9a-f]{64}", package_digest())
+
+
+def test_launchers_are_cached_beside_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusionpass.inductor.pieces import _one_triton_cache
+
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    with _one_triton_cache():
+        assert "TRITON_CACHE_DIR" not in os.environ, "there is no GPU"
+    with fake_gpu("sm_90"), _one_triton_cache():
+        assert os.environ["TRITON_CACHE_DIR"] == triton_cache_dir(0)
+    assert "TRITON_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("TRITON_CACHE_DIR", "somewhere")
+    with fake_gpu("sm_90"), _one_triton_cache():
+        assert os.environ["TRITON_CACHE_DIR"] == "somewhere"

@@ -1,8 +1,10 @@
 """One graph through AOTAutograd and Inductor, with our passes at their hooks."""
 
+import contextlib
+import os
 import re
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -149,10 +151,26 @@ def compile_graph(
     unsaved = mock.patch.object(AOTAutogradCache, "save", lambda key, entry, *args, **kwargs: entry.pre_save())
     register_lowerings()
     attend(gm, config.disable)
-    with inductor_config.patch(patches), functorch_config.patch(bundled), unsaved:
+    with inductor_config.patch(patches), functorch_config.patch(bundled), unsaved, _one_triton_cache():
         call: Any = compile_fx(gm, list(inputs), inner_compile=inner)
     payload = _serialised(call) if save else None
     return Compiled(call, payload, guards(inputs), **facts)
+
+
+@contextlib.contextmanager
+def _one_triton_cache() -> Iterator[None]:
+    """Kernels' launchers go where Inductor keeps the kernels.
+
+    Its workers name that folder in their environment; this process does so only where it compiles kernels itself, as
+    the next one will: there gcc would build all launchers once more, 0.2 s each.
+    """
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+    if "TRITON_CACHE_DIR" in os.environ or not torch.cuda.is_available():
+        yield
+        return
+    with mock.patch.dict(os.environ, TRITON_CACHE_DIR=triton_cache_dir(torch.cuda.current_device())):
+        yield
 
 
 def restore(payload: bytes) -> Callable[..., Any]:

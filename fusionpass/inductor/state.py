@@ -62,7 +62,12 @@ def _root(source: Any) -> str:
 
 
 def warm_up() -> None:
-    """Let Inductor's compile workers start while Dynamo traces; kernels are compiled one by one until they have."""
+    """Let Inductor's compile workers start while Dynamo traces; kernels are compiled one by one until they have.
+
+    On a machine without a GPU there is nothing for them to do.
+    """
+    if not torch.cuda.is_available():
+        return
     from torch._inductor import async_compile
 
     async_compile.maybe_warm_pool()

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,8 @@ _KEYED = ("fusionpass", "torch", "triton")
 _STDLIB = Path(os.__file__).parent
 _INSTALLED = frozenset(("site-packages", "dist-packages"))
 """Folders whose packages are identified by what was installed, instead of file by file."""
+_TOP = re.compile(r"^([^\s/.,]+)[/.]", re.MULTILINE)
+"""The first part of each path in a list of installed files."""
 _STARTED = time.time()
 """When this module was imported, which is early: a file changed later may differ from what is loaded."""
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -203,11 +206,22 @@ def _modules(name: str) -> Iterator[tuple[str, str, str, bytes]]:
 @functools.cache
 def _installed(package: str) -> bytes:
     """What identifies the installed distributions of a top-level package; nothing where none is known."""
-    found = map(importlib.metadata.distribution, sorted(set(_distributions().get(package, ()))))
-    return "\n".join(f"{d.name} {d.version} {d.read_text('RECORD')}" for d in found).encode()
+    found = {f"{d.name} {d.version} {d.read_text('RECORD')}" for d in _distributions().get(package, ())}
+    return "\n".join(sorted(found)).encode()
 
 
-_distributions = functools.cache(importlib.metadata.packages_distributions)
+@functools.cache
+def _distributions() -> dict[str, list[importlib.metadata.Distribution]]:
+    """The distributions that have files of a top-level package, from their lists as text.
+
+    `importlib.metadata.packages_distributions` looks up each file, which takes a second or two where much is installed.
+    """
+    found: dict[str, list[importlib.metadata.Distribution]] = {}
+    for one in importlib.metadata.distributions():
+        names = {*_TOP.findall(one.read_text("RECORD") or ""), *(one.read_text("top_level.txt") or "").split()}
+        for name in names:
+            found.setdefault(name, []).append(one)
+    return found
 
 
 @functools.cache

@@ -94,6 +94,7 @@ class Traces:
                 return found
             self._refused = self._refused or f"traced anew, since {found}"
             log.info("%s: a kept trace is not used: %s", self._session.report.title, found)
+        inductor.warm_up()
         return None
 
     def keep(self, frame: Any, recorded: inductor.Recorded, code: types.CodeType) -> None:

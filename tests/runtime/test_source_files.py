@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.metadata
 import os
 import sys
 import types
@@ -287,3 +288,11 @@ def test_a_function_of_an_installed_package(installed):
         assert source_digest([module.f]) not in (before, None)
     finally:
         del sys.modules["lib.inner"], sys.modules["lib"]
+
+
+def test_distributions_are_pythons_own():
+    """Found in the lists of files as text; Python's own looks each file up."""
+    ours, pythons = keys._distributions(), importlib.metadata.packages_distributions()
+    for package in ("torch", "hypothesis", "pytest", "_pytest", "rich", "typing_extensions"):
+        assert {one.name for one in ours[package]} == set(pythons[package])
+    assert "fusionpass_that_is_not_there" not in ours

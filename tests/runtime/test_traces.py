@@ -76,6 +76,19 @@ def test_a_start_traces_nothing_and_has_the_same_report(model: Stack, tmp_path: 
     assert [record.where for record in retold.fused] == [f"layers.{i}" for i in range(4)]
 
 
+def test_workers_start_where_something_is_to_be_compiled(
+    model: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+    monkeypatch.setattr("fusionpass.inductor.warm_up", lambda: started.append(1))
+    start(model, tmp_path, X)
+    assert len(started) == 1
+    start(model, tmp_path, X)
+    assert len(started) == 1, "another process's trace was used"
+    fusionpass.compile(model, cache=True, cache_dir=tmp_path)
+    assert len(started) == 2, "without traces Dynamo traces in any case"
+
+
 def test_a_later_size_is_dynamic_as_if_the_first_had_been_traced(
     model: Stack, tmp_path: Path, traced: list[int]
 ) -> None:
