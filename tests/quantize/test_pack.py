@@ -108,7 +108,8 @@ def test_a_compiled_model_has_one_product(kind: str, tokens: int) -> None:
     text = report.graphs[0].snapshots[-1][1]
     products = [line for line in text.splitlines() if "_mm" in line.split("(")[0] and "=" in line]
     products += [line for line in text.splitlines() if " = aten.addmm" in line or " = aten.mm" in line]
-    made = [line for line in dict.fromkeys(products) if "mm" in line.split("=")[1].split("(")[0]]
+    products += [line for line in text.splitlines() if " = torch.ops.fusionpass.linear.default" in line]
+    made = [line for line in dict.fromkeys(products) if re.search("mm|linear", line.split("=")[1].split("(")[0])]
     assert len(made) == 2, "\n".join(made)
 
 
@@ -409,7 +410,8 @@ def test_a_language_model_has_a_product_less_for_each_shard(tokens: int) -> None
         config = Config(target=Arch("sm_90"))
         report = fusionpass.explain(model, ids, use_cache=False, config=config)
         text = "\n".join(graph.snapshots[-1][1] for graph in report.graphs)
-        products = re.findall(r"= (?:torch\.ops\.fusionpass\.scaled_mms?|aten\._scaled_mm|aten\.mm)\.default", text)
+        ours = r"torch\.ops\.fusionpass\.(?:scaled_mms?|linear)"
+        products = re.findall(rf"= (?:{ours}|aten\._scaled_mm|aten\.mm)\.default", text)
         counts.append((len(products), report.count("qk_rope"), report.count("silu_mul_quantize")))
         pack_linears_(model)
     layers, head = 2, 1
