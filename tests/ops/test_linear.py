@@ -13,7 +13,7 @@ from fusionpass.errors import ArgumentError
 from fusionpass.launch import Late, Launch
 from fusionpass.ops import linear, linear_bf16_fp32
 from fusionpass.ops.gemm.dispatch import KINDS, Request, choose
-from fusionpass.ops.gemm.stream import Cut, configure
+from fusionpass.ops.gemm.stream import Cut, configure, refuse_cut
 from fusionpass.session import Session
 from tests.fake_gpu import codegen, needs_cuda_build
 
@@ -262,6 +262,27 @@ def test_how_16_bits_are_cut() -> None:
         assert configure(h100, rows, columns, 4096, 2) == cut, (rows, columns)
     assert configure(others, 8, 4096, 4096, 2) == configure(others, 8, 4096, 4096)
     assert configure(others, 1, 4096, 4096, 2) == of[1, 4096]
+
+
+def test_how_codes_are_cut() -> None:
+    of = {
+        (1, 4096, 4096): Cut(4, 1024, warps=2, stages=1),
+        (1, 6144, 4096): Cut(4, 512, stages=1),
+        (1, 24576, 4096): Cut(8, 512, stages=1),
+        (8, 1024, 4096): Cut(64, 256, 8, stages=3),
+        (8, 4096, 4096): Cut(32, 128, stages=6, parts=2),
+        (32, 4096, 4096): Cut(32, 128, stages=6, parts=2),
+        (64, 4096, 4096): Cut(64, 128, 2, stages=6),
+        (8, 4096, 12288): Cut(64, 256, 4, stages=3),
+        (8, 6144, 4096): Cut(32, 128, stages=6, parts=2),
+        (32, 6144, 4096): Cut(64, 128, 2, stages=6),
+        (64, 6144, 4096): Cut(64, 128, stages=6),
+        (8, 24576, 4096): Cut(64, 256, stages=3),
+        (64, 24576, 4096): Cut(64, 128, stages=6),
+    }
+    for (rows, columns, k), cut in of.items():
+        assert configure(Arch("sm_90"), rows, columns, k) == cut, (rows, columns, k)
+        assert refuse_cut(cut, rows, 1) is None
 
 
 @needs_cuda_build

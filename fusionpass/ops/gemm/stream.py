@@ -44,21 +44,27 @@ class Cut:
 
 
 def configure(arch: Arch, rows: int, columns: int, k: int, itemsize: int = 1) -> Cut:
-    """The cut for so many rows, the best of `python -m bench.gemm --search` on an H100 but for 2 % at most.
+    """The cut for so many rows, by `python -m bench.gemm --search` on an H100 and an H200: 2 % from the best at most.
 
-    One row multiplies one by one, and each program reads 4 KiB at once. More go through the matrix units, with up to
-    48 KiB of weights in flight a program, more of them the smaller a step is; K is split where there would be programs
-    for fewer than two in three multiprocessors, but the more rows, the more it costs to add up. Elements of 16 bits are
-    half as many a byte, and their cuts, of an H200, are others.
+    One row multiplies one by one, and each program reads 2 to 4 KiB at once. More go through the matrix units, with up
+    to 48 KiB of weights in flight a program, more of them the smaller a step is. Where there would be programs for
+    fewer than two in three multiprocessors, a program reads two parts of K side by side, or K is split, but the more
+    rows, the more that costs to add up. Elements of 16 bits are half as many a byte, and their cuts are others.
     """
     count = arch.multiprocessors
     if itemsize == 2 and (found := _configure_half(arch, rows, columns)) is not None:
         return found
     if rows == 1:
-        return Cut(4, 1024, warps=2, stages=1) if columns <= 32 * count else Cut(8, 512, stages=1)
+        if columns <= 32 * count:
+            return Cut(4, 1024, warps=2, stages=1)
+        return Cut(4 if columns <= 64 * count else 8, 512, stages=1)
     if arch.capability not in (90, 100, 103):
         return Cut(32, 128, stages=2)
     programs = triton.cdiv(columns, 64)
+    if rows <= (32 if 3 * programs < 2 * count else 16) and count // 3 < programs <= count and k <= 8192:
+        return Cut(32, 128, stages=6, parts=2)
+    if 16 < rows <= 32 and 3 * programs >= 2 * count and programs <= count:
+        return Cut(64, 128, 2, stages=6)
     most = 8 if rows <= 16 else 4 if rows <= 32 else 2
     splits = 1 if 3 * programs >= 2 * count else max(1, min(most, 2 * count // programs, k // 256))
     if rows <= 32 and (splits > 1 or programs > count):
