@@ -210,7 +210,11 @@ class Traces:
 
 
 def _modules(frame: Any) -> list[torch.nn.Module]:
-    return [value for value in frame.f_locals.values() if isinstance(value, torch.nn.Module)]
+    """What a frame was called with; where a decorator takes any arguments, the module is among those."""
+    found: list[Any] = []
+    for value in frame.f_locals.values():
+        found += value if type(value) is tuple else value.values() if type(value) is dict else [value]
+    return [value for value in found if isinstance(value, torch.nn.Module)]
 
 
 def _structure(module: torch.nn.Module, identities: Identities) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Dynamo's traces on disk: a start from them has the same numbers and the same report, and none is used for another."""
 
 import copy
+import functools
 import json
 import os
 import subprocess
@@ -74,6 +75,35 @@ def test_a_start_traces_nothing_and_has_the_same_report(model: Stack, tmp_path: 
     assert plain(retold) == plain(told)
     assert "not traced, but from the cache: graph 0, 1" in str(retold)
     assert [record.where for record in retold.fused] == [f"layers.{i}" for i in range(4)]
+
+
+def _decorated(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(Stack):
+    @_decorated
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = super().forward(x)
+        return result
+
+
+def test_a_forward_behind_a_decorator(tmp_path: Path, traced: list[int]) -> None:
+    """As transformers has them: the module is among `args`."""
+    model = Decorated(2).requires_grad_(False)
+    cold, told = start(model, tmp_path, X)
+    assert [graph.trace for graph in told.model_graphs] == [""]
+    traced.clear()
+    warm, _ = start(model, tmp_path, X)
+    assert traced == []
+    assert torch.equal(warm[0], cold[0])
+    other = Decorated(3).requires_grad_(False)
+    start(other, tmp_path, X)
+    assert len(traced) == 1, "another structure is another trace"
 
 
 def test_workers_start_where_something_is_to_be_compiled(
