@@ -41,7 +41,8 @@ class Config:
         graph_limit: how many CUDA graphs are kept; the least recently used is dropped.
         graph_memory: how many MiB they may hold together; None: no limit.
         cache: keep compiled pieces on disk, so that the next process starts warm.
-        traces: keep what Dynamo made of the model there, too, so that the next process does not trace it.
+        traces: keep what Dynamo made of the model there, too, so that the next process does not trace it; None: under
+            the versions of torch that it is tested with.
         cache_dir: where; None: "fusionpass" in the user's cache folder.
         guards: what is checked at each call: "all" that Dynamo read, or its "inputs" alone, so that a call of a deep
             model returns sooner. With "inputs", compile again after any change of the model, of its mode or of a
@@ -71,7 +72,7 @@ class Config:
     graph_limit: int = 64
     graph_memory: int | None = None
     cache: bool = True
-    traces: bool = False
+    traces: bool | None = None
     cache_dir: Path | None = None
     guards: str = "all"
     on_miss: str = "ignore"
@@ -87,7 +88,7 @@ class Config:
             if value not in choices:
                 raise ConfigError(f"{name}={value!r} does not exist", "Config", nearest(str(value), choices))
         for name in ("verify", "cache", "traces"):
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(getattr(self, name), bool) and not (name == "traces" and self.traces is None):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a bool", "Config", "Pass True or False")
         for name, example in (("disable", '{"norm.llama"}'), ("boundaries", '{"lib::op"}')):
             object.__setattr__(self, name, _names(name, getattr(self, name), example))

@@ -52,7 +52,8 @@ class Session:
         self._codes: dict[str, list[_Code]] = {}
         self._dumped: dict[Path, dict[int, str]] = {}
         self._cache = _cache(config)
-        self.traces = Traces(self, self._cache) if self._cache is not None and config.traces else None
+        traces = inductor.keeps_traces() if config.traces is None else config.traces
+        self.traces = Traces(self, self._cache) if self._cache is not None and traces else None
         if self.traces is None:
             inductor.warm_up()
         alone = config.cuda_graphs == "piecewise"
@@ -73,7 +74,7 @@ class Session:
             write_pieces(folder, self.report.title, record, names)
             write_index(folder)
         self._judge(self.report.graphs[known:])
-        self._tell(record, self.report.graphs[known:])
+        self.tell(record, self.report.graphs[known:])
         assumed = inductor.guards([value for value in inputs if isinstance(value, torch.SymInt)])
         if self.traces is not None:
             self.traces.made.append(Made(record, program, assumed, trains))
@@ -96,7 +97,7 @@ class Session:
         """Let go of all CUDA graphs and their memory."""
         self.graphs.release()
 
-    def _tell(self, record: ModelGraph, traces: Sequence[GraphTrace]) -> None:
+    def tell(self, record: ModelGraph, traces: Sequence[GraphTrace]) -> None:
         """One line of log for a graph, and a line for each record where TORCH_LOGS has "+fusionpass"."""
         kinds = ("fused", "refused", "missed")
         found = {kind: [one for trace in traces for one in getattr(trace, kind)] for kind in kinds}

@@ -29,7 +29,7 @@ def test_defaults():
         "graph_limit": 64,
         "graph_memory": None,
         "cache": True,
-        "traces": False,
+        "traces": None,
         "cache_dir": None,
         "guards": "all",
         "on_miss": "ignore",

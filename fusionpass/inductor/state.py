@@ -35,6 +35,12 @@ def compile_options(guards: str) -> dict[str, Any]:
     return {**ISOLATED, "options": {"guard_filter_fn": _of_inputs}} if guards == "inputs" else ISOLATED
 
 
+def keeps_traces() -> bool:
+    """Whether this version of torch is one whose guards `traces.py` is tested with."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (2, 11) <= (int(major), int(minor)) <= (2, 14)
+
+
 def compile_module(model: torch.nn.Module, backend: Any, guards: str) -> None:
     """Compile a module in place, whole.
 

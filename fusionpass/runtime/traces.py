@@ -77,6 +77,16 @@ class Traces:
 
     def find(self, frame: Any, filter_guards: Any) -> inductor.Rebuilt | None:
         """See `Store`."""
+        try:
+            found = self._find(frame, filter_guards)
+        except Exception as error:  # a cache may not stop a model
+            warnings.warn(f"cached traces could not be read: {error!r}", CacheWarning, stacklevel=2)
+            found = None
+        if found is None:
+            inductor.warm_up()
+        return found
+
+    def _find(self, frame: Any, filter_guards: Any) -> inductor.Rebuilt | None:
         self.made.clear()
         self.called.clear()
         self._refused = ""
@@ -94,7 +104,6 @@ class Traces:
                 return found
             self._refused = self._refused or f"traced anew, since {found}"
             log.info("%s: a kept trace is not used: %s", self._session.report.title, found)
-        inductor.warm_up()
         return None
 
     def keep(self, frame: Any, recorded: inductor.Recorded, code: types.CodeType) -> None:
@@ -103,7 +112,10 @@ class Traces:
         if not made:
             return
         record = made[-1].record
-        reason = self._keep(frame, recorded, code, made)
+        try:
+            reason = self._keep(frame, recorded, code, made)
+        except Exception as error:  # whatever torch raises: what is not kept may not stop a model
+            reason = repr(error)
         record.trace = "; ".join(filter(None, (self._refused, reason and f"its trace is not kept: {reason}")))
 
     def _keep(self, frame: Any, recorded: inductor.Recorded, code: types.CodeType, made: Sequence[Made]) -> str:
@@ -196,7 +208,7 @@ class Traces:
 
     def _program(self, meta: Mapping[str, Any], constants: Sequence[Any]) -> Callable[..., Any] | str:
         """The program of a trace, with a record in the report; or why there is none."""
-        packed, kept = meta["program"], meta["record"]
+        packed, kept, first = meta["program"], meta["record"], len(self._session.report.graphs)
         pieces = self._session.restored([step["key"] for step in packed["steps"] if step["key"]])
         if isinstance(pieces, str):
             return pieces
@@ -206,6 +218,7 @@ class Traces:
         for piece in kept["pieces"]:
             fields = {**piece, "graph": pieces[piece["graph"]][1], "modules": tuple(piece["modules"])}
             record.pieces.append(PieceRecord(**fields))
+        self._session.tell(record, report.graphs[first:])
         return self._session.run(record, _unpacked(packed, pieces, constants), meta["assumed"])
 
 

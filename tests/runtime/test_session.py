@@ -29,7 +29,7 @@ def model() -> Stack:
 def start(model: Stack, folder: Path, *inputs: torch.Tensor, **options: Any) -> tuple[list[torch.Tensor], Report]:
     """What a new process would see, but for the interpreter's start."""
     torch._dynamo.reset()
-    compiled = fusionpass.compile(model, cache=True, cache_dir=folder, **options)
+    compiled = fusionpass.compile(model, cache=True, cache_dir=folder, traces=False, **options)
     with torch.no_grad():
         results = [compiled(x) for x in inputs]
     return results, fusionpass.report(compiled)
@@ -100,7 +100,7 @@ def test_each_layers_own_sizes_are_assumed_of_it_alone(tmp_path: Path) -> None:
     expected = model(x, cached)
     for _ in range(2):
         torch._dynamo.reset()
-        compiled = fusionpass.compile(copy.deepcopy(model), cache=True, cache_dir=tmp_path)
+        compiled = fusionpass.compile(copy.deepcopy(model), cache=True, cache_dir=tmp_path, traces=False)
         with torch.no_grad():
             assert torch.allclose(compiled(x, cached), expected, atol=1e-5)
         report = fusionpass.report(compiled)
@@ -201,7 +201,7 @@ def test_another_process_starts_warm(tmp_path: Path) -> None:
         import sys, torch, fusionpass
         from tests.runtime.test_pieces import Stack, WIDTH
         torch.manual_seed(0)
-        model = fusionpass.compile(Stack(3).requires_grad_(False), cache=True, cache_dir=sys.argv[1])
+        model = fusionpass.compile(Stack(3).requires_grad_(False), traces=False, cache=True, cache_dir=sys.argv[1])
         with torch.no_grad():
             out = model(torch.randn(2, 7, WIDTH))
         print(out.numpy().tobytes().hex(), [graph.cached for graph in fusionpass.report(model).graphs])
@@ -256,7 +256,7 @@ def test_two_models_share_nothing_but_the_cache(model: Stack, tmp_path: Path) ->
     x = torch.randn(2, 7, WIDTH)
     with torch.no_grad():
         expected = [copy_of(m)(x) for m in (model, other)]
-        compiled = [fusionpass.compile(m, Config(cache=True, cache_dir=tmp_path)) for m in (model, other)]
+        compiled = [fusionpass.compile(m, Config(cache=True, cache_dir=tmp_path, traces=False)) for m in (model, other)]
         for got, want in zip([m(x) for m in compiled], expected, strict=True):
             assert torch.allclose(got, want, atol=1e-5)
     first, second = (fusionpass.report(m) for m in compiled)

@@ -1,5 +1,6 @@
 """Dynamo's traces on disk: a start from them has the same numbers and the same report, and none is used for another."""
 
+import contextlib
 import copy
 import functools
 import json
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 import fusionpass
-from fusionpass import Report
+from fusionpass import Config, Report
+from fusionpass.inductor import keeps_traces
 from fusionpass.runtime.cache import CacheWarning
 from fusionpass.session import Session
 from tests.profiles import by_night
@@ -62,7 +64,11 @@ def plain(report: Report) -> Any:
     return told
 
 
-def test_a_start_traces_nothing_and_has_the_same_report(model: Stack, tmp_path: Path, traced: list[int]) -> None:
+def test_a_start_traces_nothing_and_has_the_same_report(
+    model: Stack, tmp_path: Path, traced: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[int] = []
+    monkeypatch.setattr(Session, "tell", lambda self, record, traces: logged.append(len(traces)))
     inputs = [torch.randn(2, n, WIDTH) for n in (7, 9, 30)]
     cold, told = start(model, tmp_path, *inputs)
     assert [graph.cached for graph in told.model_graphs] == [False, False]
@@ -70,6 +76,7 @@ def test_a_start_traces_nothing_and_has_the_same_report(model: Stack, tmp_path: 
     traced.clear()
     warm, retold = start(model, tmp_path, *inputs)
     assert traced == []
+    assert logged[2:] == logged[:2], "each graph has its line, with the pieces that it was the first to need"
     assert all(map(torch.equal, warm, cold))
     assert [graph.cached for graph in retold.model_graphs] == [True, True]
     assert plain(retold) == plain(told)
@@ -115,7 +122,7 @@ def test_workers_start_where_something_is_to_be_compiled(
     assert len(started) == 1
     start(model, tmp_path, X)
     assert len(started) == 1, "another process's trace was used"
-    fusionpass.compile(model, cache=True, cache_dir=tmp_path)
+    fusionpass.compile(model, cache=True, traces=False, cache_dir=tmp_path)
     assert len(started) == 2, "without traces Dynamo traces in any case"
 
 
@@ -488,3 +495,34 @@ def test_a_model_of_transformers_generates_without_a_trace(tmp_path: Path) -> No
     assert warm["traced"] == 0
     assert warm["results"] == cold["results"]
     assert warm["report"] == cold["report"]
+
+
+@pytest.mark.parametrize(
+    ("version", "kept"), [("2.10.1", False), ("2.11.0+cu130", True), ("2.14.1", True), ("2.15.0", False)]
+)
+def test_they_are_kept_under_versions_that_they_are_tested_with(
+    version: str, kept: bool, model: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    assert keeps_traces() == kept
+    assert (Session(Config(cache=True, cache_dir=tmp_path)).traces is not None) == kept
+    assert Session(Config(cache=True, cache_dir=tmp_path, traces=True)).traces is not None
+    assert Session(Config(cache=True, cache_dir=tmp_path, traces=False)).traces is None
+    assert Session(Config(cache=False, cache_dir=tmp_path)).traces is None
+
+
+@pytest.mark.parametrize("where", ["_find", "_keep"])
+def test_a_mistake_in_it_costs_the_trace_alone(
+    where: str, model: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traced: list[int]
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("Dynamo moved something")
+
+    monkeypatch.setattr(f"fusionpass.runtime.traces.Traces.{where}", broken)
+    told = pytest.warns(CacheWarning, match="could not be read: RuntimeError")
+    with told if where == "_find" else contextlib.nullcontext():
+        results, report = start(model, tmp_path, X)
+    assert len(traced) == 1
+    assert torch.allclose(results[0], eager(model, X), atol=1e-5)
+    said = [graph.trace for graph in report.model_graphs]
+    assert said == ([""] if where == "_find" else ["its trace is not kept: RuntimeError('Dynamo moved something')"])

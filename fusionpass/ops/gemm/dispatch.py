@@ -316,6 +316,10 @@ def check_algorithm(request: Request, algo: str, device: torch.device) -> None:
         )
 
 
+PLAIN = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+"""The kind of a product of matrices that are not quantised, by their dtype, in which its result is, too."""
+
+
 def kind_of_codes(a: torch.Tensor, single: bool) -> str:
     """The kind of a product of codes with a scale for each matrix (`single`), or for each row and column."""
     if a.dtype == torch.int8:

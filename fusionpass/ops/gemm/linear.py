@@ -11,10 +11,9 @@ from ...launch import Plain
 from ...op import Backend, Tolerance, op
 from ..rows import static, triton_backend
 from . import NAMES
-from .dispatch import Request, check_algorithm, named
+from .dispatch import PLAIN, Request, check_algorithm, named
 
 _KIND = "bf16_fp32"
-_KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def _sample_linear(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
@@ -46,19 +45,20 @@ def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, a
     """
     if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[1]:
         raise ArgumentError(f"x is {tuple(x.shape)}, w {tuple(w.shape)}", "linear", "Pass [M, K] and [N, K]")
-    if x.dtype not in _KINDS or w.dtype != x.dtype:
+    if x.dtype not in PLAIN or w.dtype != x.dtype:
         raise ArgumentError(f"x is {x.dtype}, w {w.dtype}", "linear", "Both must be of one dtype of 16 or 32 bits")
     if bias is not None and (tuple(bias.shape) != (w.shape[0],) or bias.dtype != x.dtype):
         raise ArgumentError(f"bias is {bias.dtype}, shape {tuple(bias.shape)}", "linear", f"Pass [{w.shape[0]}]")
-    check_algorithm(Request(_KINDS[x.dtype], None, w.shape[0], w.shape[1]), algo, x.device)
+    check_algorithm(Request(PLAIN[x.dtype], None, w.shape[0], w.shape[1]), algo, x.device)
     return torch.nn.functional.linear(x, w, bias)
 
 
 def linear_request_of(x: torch.Tensor, w: torch.Tensor, **_: Any) -> Request | None:
     """As `request_of`, of `linear`."""
     columns, k = (static(size) for size in w.shape)
-    kind = _KINDS[x.dtype]
-    return None if columns is None or k is None else Request(kind, static(x.shape[0]), columns, k, NAMES[x.dtype])
+    if columns is None or k is None:
+        return None
+    return Request(PLAIN[x.dtype], static(x.shape[0]), columns, k, NAMES[x.dtype])
 
 
 linear.backends.append(named(triton_backend(f"{__package__}.stream", "plan_linear"), linear_request_of))

@@ -12,7 +12,7 @@ from ...tuning.names import no_power_of_two
 from ...tuning.store import choose
 from ..rows import known, static
 from . import NAMES, OUTPUTS, is_single
-from .dispatch import Request, kind_of_codes, why_not
+from .dispatch import PLAIN, Request, kind_of_codes, why_not
 from .kernel import split_kernel, stream_kernel
 
 TABLES = {"bf16": "linear", "fp16": "linear", "bf16_fp32": "linear_bf16_fp32"}
@@ -138,8 +138,7 @@ def _refuse(
 def _kind(a: torch.Tensor, a_scale: torch.Tensor | None, b_scale: torch.Tensor | None, out_dtype: str) -> str:
     """What is multiplied, as `dispatch` has it."""
     if a_scale is None or b_scale is None:
-        plain = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(a.dtype, "fp32")
-        return plain if out_dtype == NAMES[a.dtype] else "bf16_fp32"
+        return PLAIN[a.dtype] if out_dtype == NAMES[a.dtype] else "bf16_fp32"
     return kind_of_codes(a, is_single(a_scale) and is_single(b_scale))
 
 
