@@ -31,6 +31,11 @@ def values(args: Any) -> Any:
     return torch.fx.map_arg(args, lambda node: node.meta["val"])
 
 
+def hint(size: Any) -> Any:
+    """The number that a symbolic size was traced with, None where it depends on data; any other size as it is."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two shapes are known to be equal, without adding a guard."""
     return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))

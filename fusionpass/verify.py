@@ -9,6 +9,7 @@ from torch.fx import Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .arch import Arch
+from .graphs import hint
 from .launch import Launch
 from .op import OPS, Op, Refusal
 from .testing import disagreement
@@ -55,7 +56,7 @@ def check_rewrite(
         results = op.reference(**{k: env[v] if isinstance(v, Node) else v for k, v in arguments.items()})
         chosen = _chosen(produced, [results] if op.single else results, names)
         # A fold over a view of the rows has its view behind the op.
-        grouped = [[_hint(size) for size in node.meta["val"].shape] for node in outputs]
+        grouped = [[hint(size) for size in node.meta["val"].shape] for node in outputs]
         return [result.reshape(shape) for result, shape in zip(chosen, grouped, strict=True)]
 
     shapes = {node: node.meta["val"] for node in (*inputs, *missing)}
@@ -107,8 +108,8 @@ def _draws(inputs: Mapping[Any, tuple[str, Any]]) -> Iterator[tuple[str, dict[An
 def _real(name: str, fake: Any, fill: Callable[..., torch.Tensor], generator: torch.Generator) -> Any:
     """A tensor like `fake`, strides included; scales are positive and weights ordinary whatever the activations are."""
     if not isinstance(fake, torch.Tensor):
-        return _hint(fake) if isinstance(fake, torch.SymInt) else fake
-    shape, stride = [_hint(s) for s in fake.shape], [_hint(s) for s in fake.stride()]
+        return hint(fake) if isinstance(fake, torch.SymInt) else fake
+    shape, stride = [hint(s) for s in fake.shape], [hint(s) for s in fake.stride()]
     device = fake.device if fake.device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
     if not fake.is_floating_point():
         values = torch.randint(0, 2, shape, generator=generator)
@@ -121,12 +122,6 @@ def _real(name: str, fake: Any, fill: Callable[..., torch.Tensor], generator: to
     real = torch.empty_strided(shape, stride, dtype=fake.dtype, device=device)
     largest = torch.finfo(fake.dtype).max if fake.is_floating_point() else None
     return real.copy_(values if largest is None else values.clamp(-largest, largest))
-
-
-def _hint(size: Any) -> int:
-    """The size that was traced with."""
-    hint: Any = size.node.hint if isinstance(size, torch.SymInt) else size
-    return int(hint)
 
 
 def _random(shape: list[int], generator: torch.Generator) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from ..graphs import CAST, VIEWS, aten, differs, erase_unused, inherit, source_line, value, values, where
+from ..graphs import CAST, VIEWS, aten, differs, erase_unused, hint, inherit, source_line, value, values, where
 from ..infer import Inference
 from ..op import OPS, Op
 from ..ops.gemm import NAMES, request_of, scaled_mm
@@ -18,7 +18,7 @@ from ..ops.gemm.blocks import request_of as blocks_request_of
 from ..ops.gemm.dispatch import HALF, Request
 from ..ops.gemm.linear import linear, linear_bf16_fp32, linear_request_of
 from ..ops.gemm.linear import request_of as router_request_of
-from ..ops.rows import known, static
+from ..ops.rows import known
 from ..report.trace import Site
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -113,7 +113,9 @@ def _few_rows(node: Node, x: Any, turned: Any, bias: Any = None) -> dict[str, An
     few, w = value(x), value(turned)
     if few is None or w is None or few.dtype not in _HALF or not known(w.stride(0) == 1):
         return None
-    if (static(few.shape[0]) or 0) > HALF or not isinstance(w.shape[0], int) or w.shape[0] % 8:
+    # Any number of rows may follow, but most are of the kind that was traced: of many a call costs more than it gives.
+    rows = hint(few.shape[0])
+    if rows is None or rows > HALF or not isinstance(w.shape[0], int) or w.shape[0] % 8:
         return None
     if turned.target is aten.permute.default:
         return {"x": x, "w": turned.args[0], "bias": bias}

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ..errors import FusionpassError
+from ..graphs import hint
 
 Input = tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | float | bool | None
 """Shape, strides and dtype of a tensor; a number; or None for what is neither."""
@@ -160,21 +161,16 @@ def _input(node: Node) -> str:
     if isinstance(val, torch.Tensor):
         return repr((_numbers(val.shape), _numbers(val.stride()), val.dtype))
     if isinstance(val, int | float | torch.SymInt):
-        return repr(_hint(val))
+        return repr(hint(val))
     return "None"
 
 
 def _numbers(sizes: Any) -> tuple[int, ...]:
-    return tuple(_hint(size) for size in sizes)
-
-
-def _hint(size: Any) -> Any:
-    """The number that a symbolic size was traced with."""
-    return size.node.hint if isinstance(size, torch.SymInt) else size
+    return tuple(hint(size) for size in sizes)
 
 
 def _symbols(val: Any) -> dict[str, int]:
     """The symbols in the sizes of a value, with the numbers that they were traced with."""
     sizes = (*val.shape, *val.stride()) if isinstance(val, torch.Tensor) else (val,)
     symbolic = [size for size in sizes if isinstance(size, torch.SymInt)]
-    return {str(size): _hint(size) for size in symbolic if size.node.expr.is_symbol}
+    return {str(size): hint(size) for size in symbolic if size.node.expr.is_symbol}

@@ -9,6 +9,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fusionpass.op import OPS
 from fusionpass.passes import products as pass_
@@ -27,8 +28,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pass_, "DEVICES", ("cpu",))
 
 
-def after(model: Callable[..., Any], *args: torch.Tensor, **options: Any) -> tuple[Graph, list[dict[str, Any]]]:
-    graph = make_fx(model, select_decomp_table(), tracing_mode="fake")(*args).graph
+def after(
+    model: Callable[..., Any], *args: torch.Tensor, mode: str = "fake", **options: Any
+) -> tuple[Graph, list[dict[str, Any]]]:
+    graph = make_fx(model, select_decomp_table(), tracing_mode=mode)(*args).graph
     products(graph, **options)
     graph.lint()
     found = [(OPS[node.target], node) for node in graph.nodes if node.target in OPS]
@@ -130,7 +133,11 @@ def test_products_that_are_no_routers_stay() -> None:
     assert after(router, x.bfloat16(), w.bfloat16(), disable=frozenset({"linear_bf16_fp32"}))[1] == []
 
 
-def linear_of(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear_of(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(x, w)
+
+
+def biased(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(x, w, bias)
 
 
@@ -138,13 +145,12 @@ def linear_of(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None
 @pytest.mark.parametrize("shape", [(1, 64), (32, 64), (2, 3, 64)])
 def test_few_rows_of_16_bits(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, w, bias = torch.randn(shape).to(dtype), torch.randn(48, 64).to(dtype), torch.randn(48).to(dtype)
-    for added in (None, bias):
-        graph, (found,) = after(linear_of, x, w, added) if added is not None else after(linear_of, x, w)
+    for model, inputs in ((linear_of, (x, w)), (biased, (x, w, bias))):
+        graph, (found,) = after(model, *inputs)
         assert tuple(found["w"].meta["val"].shape) == (48, 64)
         assert found["w"].op == "placeholder"
-        assert (found["bias"] is None) == (added is None)
-        inputs = (x, w) if added is None else (x, w, added)
-        assert torch.equal(torch.fx.GraphModule({}, graph)(*inputs), linear_of(*inputs))
+        assert (found["bias"] is None) == (model is linear_of)
+        assert torch.equal(torch.fx.GraphModule({}, graph)(*inputs), model(*inputs))
 
 
 def test_a_weight_that_lies_the_other_way() -> None:
@@ -153,6 +159,18 @@ def test_a_weight_that_lies_the_other_way() -> None:
     assert found["w"].meta["val"].stride() == (64, 1)
     assert torch.equal(torch.fx.GraphModule({}, graph)(x, w.t()), x @ w.t())
     assert after(lambda x, t: x @ t, x, w.t().contiguous())[1] == []
+
+
+@pytest.mark.parametrize(("rows", "count"), [(2, 1), (32, 1), (33, 0), (500, 0)])
+def test_symbolic_rows_follow_those_that_were_traced(rows: int, count: int) -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    kinds = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    x = mode.from_tensor(torch.randn(rows, 64).bfloat16(), symbolic_context=kinds)
+    w = mode.from_tensor(torch.randn(48, 64).bfloat16(), static_shapes=True)
+    assert isinstance(x.shape[0], torch.SymInt)
+    with mode:
+        _, found = after(linear_of, x, w, mode="real")
+    assert len(found) == count
 
 
 def test_linears_that_stay() -> None:
