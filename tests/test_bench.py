@@ -135,7 +135,7 @@ def test_a_run_of_products_is_taken_up(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["bench.gemm", "--all", "--resume", "--commit", "abc"])
     options = gemm.parse()
     cells = gemm.cells_of(options)
-    assert len(cells) == len(set(cells)) == len(gemm.ROWS) * len(products.SCHEMES) * 15
+    assert len(cells) == len(set(cells)) == len(gemm.ROWS) * len(products.SCHEMES) * 16
     assert [cell[1] for cell in cells] == sorted(cell[1] for cell in cells)
     file = tmp_path / "gemm.json"
     assert gemm.kept(file, options) == []

@@ -361,3 +361,18 @@ def test_launchers_are_cached_beside_the_kernels(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TRITON_CACHE_DIR", "somewhere")
     with fake_gpu("sm_90"), _one_triton_cache():
         assert os.environ["TRITON_CACHE_DIR"] == "somewhere"
+
+
+def test_workers_are_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import async_compile
+
+    from fusionpass.inductor import warm_up
+
+    asked: list[int] = []
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: asked.append(1))
+    monkeypatch.setattr(async_compile.AsyncCompile, "use_process_pool", classmethod(lambda cls: False))
+    warm_up()
+    assert not asked
+    with fake_gpu("sm_90"):
+        warm_up()
+    assert asked == [1]

@@ -181,8 +181,8 @@ def test_what_the_kernel_refuses_of_several(changes: dict[str, Any], why: str) -
     [
         (1, 6144, 4096, Cut(8, 512, stages=1)),
         (1, 4096, 12288, Cut(4, 1024, warps=2, stages=1)),
-        (8, 6144, 4096, Cut(64, 128, stages=6)),
-        (8, 4096, 4096, Cut(64, 256, 4, stages=3)),
+        (8, 6144, 4096, Cut(32, 128, stages=6, parts=2)),
+        (8, 4096, 4096, Cut(32, 128, stages=6, parts=2)),
         (8, 1024, 4096, Cut(64, 256, 8, stages=3)),
         (8, 1024, 512, Cut(64, 256, 2, stages=3)),
         (32, 24576, 4096, Cut(64, 256, stages=3)),

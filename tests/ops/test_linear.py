@@ -267,7 +267,7 @@ def test_how_16_bits_are_cut() -> None:
 def test_how_codes_are_cut() -> None:
     of = {
         (1, 4096, 4096): Cut(4, 1024, warps=2, stages=1),
-        (1, 6144, 4096): Cut(4, 512, stages=1),
+        (1, 6144, 4096): Cut(8, 512, stages=1),
         (1, 24576, 4096): Cut(8, 512, stages=1),
         (8, 1024, 4096): Cut(64, 256, 8, stages=3),
         (8, 4096, 4096): Cut(32, 128, stages=6, parts=2),

@@ -17,7 +17,9 @@ _KIND = "bf16_fp32"
 
 
 def _sample_linear(tokens: int, width: int, dtype: torch.dtype, device: str, generator: Any) -> dict[str, object]:
-    x, w = (torch.randn(rows, width, generator=generator, device=device).to(dtype) for rows in (tokens, width))
+    # One row, since not every target has a kernel of more.
+    shapes = (min(1, tokens), width), (width, width)
+    x, w = (torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes)
     return {"x": x, "w": w * width**-0.5, "bias": x.new_ones(width)}
 
 

@@ -55,9 +55,7 @@ def configure(arch: Arch, rows: int, columns: int, k: int, itemsize: int = 1) ->
     if itemsize == 2 and (found := _configure_half(arch, rows, columns)) is not None:
         return found
     if rows == 1:
-        if columns <= 32 * count:
-            return Cut(4, 1024, warps=2, stages=1)
-        return Cut(4 if columns <= 64 * count else 8, 512, stages=1)
+        return Cut(4, 1024, warps=2, stages=1) if columns <= 32 * count else Cut(8, 512, stages=1)
     if arch.capability not in (90, 100, 103):
         return Cut(32, 128, stages=2)
     programs = triton.cdiv(columns, 64)
