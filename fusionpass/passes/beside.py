@@ -101,8 +101,9 @@ def _join(
     targets: dict[str, Node] = {}
     for op, node, names in zip((rule.first, rule.second), (first, second), renamed, strict=True):
         targets |= {names.get(name, name): output for name, output in named_outputs(op, node).items()}
+    # No later than where both are there: what reads them may be a write at the graph's end, behind other writes.
     readers = [user for output in targets.values() for user in output.users]
-    point = min(readers, default=max(first, second))
+    point = min([*readers, max(first, second).next])
     moved: list[Node] = []
     for a in inputs:
         if not _before(a, point, moved):

@@ -10,7 +10,7 @@ from fusionpass import Beside, Config
 from fusionpass.errors import ConfigError
 from fusionpass.ops import qk_rope, rope
 from fusionpass.rules.rope import _both
-from tests.test_rope import COS, SIN, K, Q, heads, llama
+from tests.test_rope import CACHES, COS, SIN, K, Q, V, heads, llama
 
 
 def reasons(join: Any, verify: bool = False) -> list[str]:
@@ -52,6 +52,22 @@ def test_another_meaning_is_seen_on_numbers() -> None:
     assert not reasons(changed(style="interleaved")), "nobody looks"
     (reason,) = reasons(changed(style="interleaved"), verify=True)
     assert "q_rotated differs" in reason
+
+
+def test_what_reads_the_results_may_be_behind_other_writes() -> None:
+    """Of a layer's piece, whose attention is the next one's, only the copies back at the end read the caches."""
+
+    def model(q: Any, k: Any, v: Any, cos: Any, sin: Any, count: Any, keys: Any, values: Any) -> Any:
+        at = torch.arange(q.shape[1]) + count
+        count.add_(q.shape[1])
+        keys.index_copy_(2, at, llama(heads(k), cos, sin))
+        values.index_copy_(2, at, heads(v))
+        return llama(heads(q), cos, sin)
+
+    caches = [cache.clone() for cache in CACHES]
+    report = fusionpass.explain(model, Q, K, V, COS, SIN, torch.zeros((), dtype=torch.int64), *caches)
+    assert [record.op for record in report.fused] == ["qk_rope_cache"]
+    assert report.refused == []
 
 
 def test_a_disabled_rule() -> None:
