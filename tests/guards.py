@@ -155,9 +155,11 @@ def check(tests: Tests, table: Mapping[str, str]) -> list[str]:
 def incomplete(table: Mapping[str, str]) -> list[str]:
     """Which guards the table does not name, and which of its entries are stale."""
     known = [guard.name for guard in guards()]
-    return [f"no test for {name}" for name in known if name not in table] + [
-        f"no such guard: {name}" for name in table if name not in known
-    ]
+    missing = [f"no test for {name}" for name in known if name not in table]
+    stale = [f"no such guard: {name}" for name in table if name not in known]
+    tests = [entry.partition("[")[0].split("::") for entry in dict.fromkeys(table.values())]
+    gone = [f"no such test: {path}::{name}" for path, name in tests if f"def {name}(" not in (ROOT / path).read_text()]
+    return missing + stale + gone
 
 
 def find(tests: Tests, table: dict[str, str]) -> None:
