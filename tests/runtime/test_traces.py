@@ -113,6 +113,24 @@ def test_a_forward_behind_a_decorator(tmp_path: Path, traced: list[int]) -> None
     assert len(traced) == 1, "another structure is another trace"
 
 
+class Scaled(torch.nn.Module):
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, (WIDTH,)) * self.factor
+
+
+def test_a_number_that_was_guarded_is_compared(tmp_path: Path, traced: list[int]) -> None:
+    """It is in no weight and no source: the guards' text alone tells the two models apart."""
+    (twice,), _ = start(Scaled(2), tmp_path, X)
+    (thrice,), told = start(Scaled(3), tmp_path, X)
+    assert torch.allclose(thrice, twice * 1.5, atol=1e-5)
+    assert len(traced) == 2
+    assert "traced anew, since" in told.model_graphs[0].trace
+
+
 def test_workers_start_where_something_is_to_be_compiled(
     model: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
