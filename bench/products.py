@@ -84,8 +84,8 @@ def arguments(rows: int, columns: int, k: int, scheme: str) -> dict[str, Any]:
         made = TUNABLES["block_scaled_mm"].arguments(key, rows, torch.bfloat16, "cuda", None)
         return block_scaled_mm.bind((), made)
     if scheme == "bf16":
-        x, w = (torch.randn(n, k, device="cuda").bfloat16() for n in (rows, columns))
-        return linear.bind((x, w * k**-0.5), {})
+        key = {"N": columns, "K": k, "dtype": "bf16"}
+        return linear.bind((), TUNABLES["linear"].arguments(key, rows, torch.bfloat16, "cuda", None))
     dtype = torch.int8 if scheme == "int8_token" else torch.float8_e4m3fn
     a, b = (torch.randn(n, k, device="cuda").mul(30).to(dtype) for n in (rows, columns))
     sizes: Any = [(), ()] if scheme == "fp8_static" else [(rows, 1), (1, columns)]
@@ -94,7 +94,7 @@ def arguments(rows: int, columns: int, k: int, scheme: str) -> dict[str, Any]:
 
 
 def op_of(scheme: str) -> Op:
-    """What multiplies codes of a scheme."""
+    """What multiplies the operands of a scheme."""
     return block_scaled_mm if scheme in BLOCKS else linear if scheme == "bf16" else scaled_mm
 
 

@@ -1,5 +1,6 @@
 """fusionpass.compile, the Dynamo backend, and what is asked of a compiled model."""
 
+import dataclasses
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -132,7 +133,8 @@ def dynamo_backend(
     Raises:
         ConfigError: an option or value that does not exist; `guards`, which are torch.compile's own here.
     """
-    made = Config.make(None, options)
+    # Frames are torch's own here: nobody would ask for their traces, nor start the workers that asking starts.
+    made = dataclasses.replace(Config.make(None, options), traces=False)
     if made.guards != "all":
         raise ConfigError(f"guards={made.guards!r} comes too late", "options", "Pass guard_filter_fn to torch.compile")
     return Session(made)(gm, inputs)

@@ -112,8 +112,8 @@ def check_heads(op: Op, arch: Arch, arguments: dict[str, Any]) -> list[torch.Ten
     names = op.outputs(arguments)
     oracles = exact(op, arguments)
     assert len(outputs) == len(names) == len(expected)
+    rounded = activation_dtype(arguments) if "norm_rounding" in arguments else None
     for name, output, want, oracle in zip(names, outputs, expected, oracles, strict=True):
-        rounded = activation_dtype(arguments) if "norm_rounding" in arguments else None
         found = difference(output, want, op.tolerance.get(name, EXACT), rounded)
         assert found.within(op.tolerance.get(name, EXACT)), f"{name}: {found}"
         if name in ("k_cache", "v_cache"):

@@ -49,10 +49,11 @@ def compile_module(model: torch.nn.Module, backend: Any, guards: str) -> None:
     """
     from torch._dynamo import external_utils, trace_rules
 
-    model.compile(backend=backend, **compile_options(guards))
+    options = {"backend": backend, **compile_options(guards)}
     if isinstance(model.forward, types.MethodType) and trace_rules.check(model.forward):
-        call = external_utils.wrap_inline(model._call_impl)
-        model._compiled_call_impl = torch.compile(call, backend=backend, **compile_options(guards))
+        model._compiled_call_impl = torch.compile(external_utils.wrap_inline(model._call_impl), **options)
+    else:
+        model.compile(**options)
 
 
 def _of_inputs(guards: Sequence[Any]) -> list[bool]:

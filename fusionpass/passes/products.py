@@ -9,8 +9,22 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from ..graphs import CAST, VIEWS, aten, differs, erase_unused, hint, inherit, source_line, value, values, where
+from ..graphs import (
+    CAST,
+    VIEWS,
+    add_node,
+    aten,
+    differs,
+    erase_unused,
+    hint,
+    inherit,
+    source_line,
+    value,
+    values,
+    where,
+)
 from ..infer import Inference
+from ..match import HALVES
 from ..op import OPS, Op
 from ..ops.gemm import NAMES, request_of, scaled_mm
 from ..ops.gemm.blocks import block_scaled_mm
@@ -21,7 +35,6 @@ from ..ops.gemm.linear import request_of as router_request_of
 from ..ops.rows import known
 from ..report.trace import Site
 
-_HALF = (torch.bfloat16, torch.float16)
 DEVICES = ("cuda",)
 """Where the op may have a kernel; elsewhere a call is best left as it is."""
 _TENSOR_WISE, _ROW_WISE = 0, 1
@@ -111,7 +124,7 @@ def _addmm(node: Node) -> dict[str, Any] | None:
 
 def _few_rows(node: Node, x: Any, turned: Any, bias: Any = None) -> dict[str, Any] | None:
     few, w = value(x), value(turned)
-    if few is None or w is None or few.dtype not in _HALF or not known(w.stride(0) == 1):
+    if few is None or w is None or few.dtype not in HALVES or not known(w.stride(0) == 1):
         return None
     # Any number of rows may follow, but most are of the kind that was traced: of many a call costs more than it gives.
     rows = hint(few.shape[0])
@@ -120,9 +133,7 @@ def _few_rows(node: Node, x: Any, turned: Any, bias: Any = None) -> dict[str, An
     if turned.target is aten.permute.default:
         return {"x": x, "w": turned.args[0], "bias": bias}
     with node.graph.inserting_before(node):
-        again = node.graph.call_function(aten.permute.default, (turned, [1, 0]))
-        again.meta = inherit(turned, w.permute(1, 0))
-    return {"x": x, "w": again, "bias": bias}
+        return {"x": x, "w": add_node(node.graph, turned, aten.permute.default, turned, [1, 0]), "bias": bias}
 
 
 def _router(node: Node) -> dict[str, Any] | None:
@@ -132,8 +143,7 @@ def _router(node: Node) -> dict[str, Any] | None:
         return None
     with node.graph.inserting_before(node):
         x, w = (_again(*chain) for chain in found if chain is not None)
-        turned = node.graph.call_function(aten.permute.default, (w, [1, 0]))
-        turned.meta = inherit(w, w.meta["val"].permute(1, 0))
+        turned = add_node(node.graph, w, aten.permute.default, w, [1, 0])
     return {"x": x, "w": turned}
 
 
@@ -152,9 +162,7 @@ def _widened(node: Any) -> tuple[Node, list[Node]] | None:
 def _again(source: Node, views: list[Node]) -> Node:
     """The same views of `source`."""
     for view in reversed(views):
-        made = source.graph.call_function(view.target, (source, *view.args[1:]))  # type: ignore[arg-type]
-        made.meta = inherit(view, view.meta["val"].to(source.meta["val"].dtype))
-        source = made
+        source = add_node(source.graph, view, view.target, source, *view.args[1:])
     return source
 
 

@@ -1,7 +1,7 @@
 """The kernels that can be tuned: what tables are for, what may be tried, and what it is checked by."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -280,15 +280,14 @@ def _products(model: models.Model | models.Sizes, scheme: str) -> Iterator[tuple
             yield name, blocks_triton.table_key(kind, columns, k)
 
 
-def _linears(model: models.Model | models.Sizes, scheme: str) -> Iterator[tuple[str, Key]]:
-    for name, columns, k in model.products() if scheme == "bf16" else ():
-        yield name, {"N": columns, "K": k, "dtype": "bf16"}
+def _streams(kinds: Mapping[str, str]) -> Callable[..., Iterator[tuple[str, Key]]]:
+    """The keys of products of few rows, of the kinds by scheme."""
 
+    def keys(model: models.Model | models.Sizes, scheme: str) -> Iterator[tuple[str, Key]]:
+        for name, columns, k in model.products() if scheme in kinds else ():
+            yield name, {"N": columns, "K": k, "dtype": kinds[scheme]}
 
-def _streams(model: models.Model | models.Sizes, scheme: str) -> Iterator[tuple[str, Key]]:
-    kind = {"fp8_token": "fp8_row", "fp8_static": "fp8_tensor", "int8_token": "int8_row"}.get(scheme)
-    for name, columns, k in model.products() if kind else ():
-        yield name, {"N": columns, "K": k, "dtype": kind}
+    return keys
 
 
 def _mixtures(model: models.Model | models.Sizes, scheme: str) -> Iterator[tuple[str, Key]]:
@@ -308,10 +307,12 @@ TUNABLES: dict[str, Tunable] = {
         exact=_exact_product,
     ),
     "scaled_mm": Tunable(
-        "scaled_mm", scaled_mm, _scaled, _stream_space, _stream_footprint, _block_work, _streams,
+        "scaled_mm", scaled_mm, _scaled, _stream_space, _stream_footprint, _block_work,
+        _streams({"fp8_token": "fp8_row", "fp8_static": "fp8_tensor", "int8_token": "int8_row"}),
     ),
     "linear": Tunable(
-        "linear", linear, _plain, _stream_space, _stream_footprint, _plain_work, _linears, exact=_exact_linear,
+        "linear", linear, _plain, _stream_space, _stream_footprint, _plain_work, _streams({"bf16": "bf16"}),
+        exact=_exact_linear,
     ),
     "experts": Tunable(
         "experts", experts, _mixture, _mixture_space, _mixture_footprint, _mixture_work, _mixtures,

@@ -142,6 +142,9 @@ def test_workers_start_where_something_is_to_be_compiled(
     assert len(started) == 1, "another process's trace was used"
     fusionpass.compile(model, cache=True, traces=False, cache_dir=tmp_path)
     assert len(started) == 2, "without traces Dynamo traces in any case"
+    with torch.no_grad():
+        torch.compile(lambda x: x + 1, backend="fusionpass", options={"cache": True, "cache_dir": tmp_path})(X)
+    assert len(started) == 3, "nobody asks for its traces"
 
 
 def test_a_later_size_is_dynamic_as_if_the_first_had_been_traced(
