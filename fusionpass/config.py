@@ -19,7 +19,7 @@ _CHOICES = {
     "guards": ("all", "inputs"),
     "on_miss": ("ignore", "warn", "error"),
 }
-_PASSES = ("masks", "normalize", "recognise", "fuse")
+_PASSES = ("masks", "counters", "normalize", "recognise", "fuse")
 """The passes that `disable` may name; what comes after them is needed for code to come out."""
 
 

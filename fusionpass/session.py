@@ -15,7 +15,7 @@ from . import inductor, pipeline
 from .config import Config
 from .errors import MissError, RecompileWarning
 from .op import OPS
-from .passes.masks import masks
+from .passes.whole import whole
 from .report.assembly import assembly
 from .report.dump import active_dump, of_rank, wants_ptx, write_graph, write_index, write_pieces
 from .report.trace import GraphTrace, ModelGraph, Report
@@ -65,7 +65,7 @@ class Session:
         self._warn_of_storm()
         known = len(self.report.graphs)
         trains = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
-        record.masks = masks(gm, self.config.disable)
+        record.rewrites = whole(gm, self.config.disable)
         program = self._builder.build(gm, inputs, record, whole=trains)
         for folder in self._folders():
             names = self._dumped.setdefault(folder, {})

@@ -70,12 +70,12 @@ def show(report: Report, console: Console, every: bool = False) -> None:
         console.print(table)
     counts = Counter(kind for kind in KINDS for _ in getattr(report, kind))
     console.print(", ".join(f"{counts[kind]} {kind}" for kind in reversed(KINDS)), style="bold")
-    for line in (*(f"graph break: {reason}" for reason in report.graph_breaks), *_masks(report)):
+    for line in (*(f"graph break: {reason}" for reason in report.graph_breaks), *_rewrites(report)):
         console.print(line, markup=False)
 
 
-def _masks(report: Report) -> list[str]:
-    return list(dict.fromkeys(line for graph in report.model_graphs for line in graph.masks))
+def _rewrites(report: Report) -> list[str]:
+    return list(dict.fromkeys(line for graph in report.model_graphs for line in graph.rewrites))
 
 
 def _by_layer(report: Report, every: bool) -> list[tuple[str, list[Site]]]:

@@ -14,7 +14,7 @@ from .. import inductor, pipeline
 from ..arch import Arch
 from ..config import Config
 from ..errors import BuildError
-from ..passes.masks import masks
+from ..passes.whole import whole
 from .assembly import assembly
 from .dump import wants_ptx
 from .trace import Report
@@ -53,7 +53,7 @@ def explain(model: Callable[..., Any], *args: Any, config: Config | None = None,
             if wants_ptx():
                 trace.assembly |= assembly(graph, options.target)
 
-        report.model_graphs[-1].masks = masks(gm, options.disable)
+        report.model_graphs[-1].rewrites = whole(gm, options.disable)
         return inductor.trace_graph(gm, inputs, run, options.disable)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -159,7 +159,7 @@ def _run(report: Report) -> dict[str, Any]:
         passes.update(graph.seconds)
     notes = [f"graph break: {reason}" for reason in report.graph_breaks]
     notes += [f"recompiled: {reason}" for reason in report.recompiles]
-    notes += dict.fromkeys(line for graph in report.model_graphs for line in graph.masks)
+    notes += dict.fromkeys(line for graph in report.model_graphs for line in graph.rewrites)
     notes += [f"compiled graph {g.index} left alone: {g.skipped}" for g in report.graphs if g.skipped]
     return {
         "notes": notes,

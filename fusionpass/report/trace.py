@@ -106,7 +106,7 @@ class ModelGraph:
         graph_break: why Dynamo ended it early, if it did.
         recompiled: the guard that failed, where there is a graph of the same code already.
         pieces: in order.
-        masks: what was found of the masks of its attention.
+        rewrites: what was done before it was cut (`passes.whole`), and what kept a mask where it is.
         replay: how it runs under CUDA graphs, a `runtime.notes.ProgramNote`; None where it does not.
         cached: whether Dynamo's trace, and all else with it, came from the cache on disk.
         trace: why it did not, where one was kept that might have been it; or why it is not kept.
@@ -116,7 +116,7 @@ class ModelGraph:
     graph_break: str = ""
     recompiled: str = ""
     pieces: list[PieceRecord] = field(default_factory=list)
-    masks: list[str] = field(default_factory=list)
+    rewrites: list[str] = field(default_factory=list)
     replay: Any = None
     cached: bool = False
     trace: str = ""
@@ -234,7 +234,7 @@ class Report:
                 "graph_break": graph.graph_break,
                 "recompiled": graph.recompiled,
                 "pieces": [dataclasses.asdict(piece) for piece in graph.pieces],
-                "masks": graph.masks,
+                "rewrites": graph.rewrites,
                 "cached": graph.cached,
                 "trace": graph.trace,
                 "replay": None if graph.replay is None else dataclasses.asdict(graph.replay),
@@ -299,7 +299,7 @@ class Report:
         ]
         lines += [f"  graph break: {reason}" for reason in self.graph_breaks]
         lines += [f"  recompiled: {reason}" for reason in self.recompiles]
-        lines += [f"  {line}" for line in dict.fromkeys(line for g in self.model_graphs for line in g.masks)]
+        lines += [f"  {line}" for line in dict.fromkeys(line for g in self.model_graphs for line in g.rewrites)]
         replays = [g.replay for g in self.model_graphs if g.replay is not None and g.replay.mode != "off"]
         lines += [f"  {line}" for replay in replays for line in str(replay).splitlines()]
         lines += [f"  graph {g.index} left alone: {g.skipped}" for g in self.graphs if g.skipped]

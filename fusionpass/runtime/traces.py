@@ -214,7 +214,7 @@ class Traces:
             return pieces
         report = self._session.report
         record = report.new_model_graph("", kept["recompiled"] if report.model_graphs else "")
-        record.masks, record.cached = list(kept["masks"]), True
+        record.rewrites, record.cached = list(kept["rewrites"]), True
         for piece in kept["pieces"]:
             fields = {**piece, "graph": pieces[piece["graph"]][1], "modules": tuple(piece["modules"])}
             record.pieces.append(PieceRecord(**fields))
@@ -298,4 +298,4 @@ def _record(record: ModelGraph, program: Mapping[str, Any]) -> dict[str, Any]:
     """What a report says of a graph; its pieces by their keys."""
     keys = {step["name"]: step["key"] for step in program["steps"]}
     pieces = [{**dataclasses.asdict(piece), "graph": keys[piece.name]} for piece in record.pieces]
-    return {"recompiled": record.recompiled, "masks": record.masks, "pieces": pieces}
+    return {"recompiled": record.recompiled, "rewrites": record.rewrites, "pieces": pieces}

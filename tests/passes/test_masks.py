@@ -175,14 +175,14 @@ def test_a_model_of_transformers() -> None:
         expected, padded = model(input_ids=ids).logits, model(input_ids=ids, attention_mask=padding).logits
         report = fusionpass.explain(model, input_ids=ids, use_cache=False)
         assert "2 x attention: the mask is causal, and is left out" in str(report)
-        assert report.to_dict()["model_graphs"][0]["masks"] == report.model_graphs[0].masks
+        assert report.to_dict()["model_graphs"][0]["rewrites"] == report.model_graphs[0].rewrites
         kept = fusionpass.explain(model, input_ids=ids, use_cache=False, config=Config(disable={"masks"}))
-        assert kept.model_graphs[0].masks == []
+        assert kept.model_graphs[0].rewrites == []
         fusionpass.compile(model, numerics="eager", cache=False)
         torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
         torch.testing.assert_close(
             model(input_ids=ids, attention_mask=padding, use_cache=False).logits[:, 3:], padded[:, 3:]
         )
     first, second = fusionpass.report(model).model_graphs
-    assert first.masks == ["2 x attention: the mask is causal, and is left out"]
-    assert second.masks == ["2 x attention: the mask stays: it depends on l_kwargs_attention_mask_, which is given"]
+    assert first.rewrites == ["2 x attention: the mask is causal, and is left out"]
+    assert second.rewrites == ["2 x attention: the mask stays: it depends on l_kwargs_attention_mask_, which is given"]
